@@ -1,0 +1,223 @@
+"""The only registry. An op is its reference: the shortest true PyTorch function is the meaning, the fallback, the test
+oracle (run in float64) and the fake kernel; fast backends stand behind it and never change what is computed.
+
+    @op
+    def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor: ...
+
+    @modulate.backend("triton", devices=("cuda",), supports=...)
+    def _(x, shift, scale): ...
+
+Every op is `torch.ops.diffkern.<name>`: opaque to torch.compile, with the reference as its fake kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffkern import native
+
+OPS: dict[str, Op] = {}
+BACKENDS = ("cpu", "triton", "cuda", "reference")
+
+_LIBRARY = torch.library.Library("diffkern", "DEF")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("diffkern_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend was forced and cannot run. The message says why and what can."""
+
+
+class Sample(NamedTuple):
+    """One realistic call of an op. `name` says which model or edge the shape comes from."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+class Cost(NamedTuple):
+    """What a perfect kernel must do: bytes read and written once, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+class Choice(NamedTuple):
+    """One line of `explain`: a backend, whether the op would take it, and the reason."""
+
+    backend: str
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    run: Callable[..., Any]
+    devices: tuple[str, ...] = ()
+    supports: Callable[..., bool | str] | None = None
+
+    def why_not(self, args: tuple[Any, ...]) -> str | None:
+        """The reason that this backend cannot run on `args`, or None when it can."""
+        if self.name == "reference":
+            return None
+        if (unavailable := availability(self.name)) is not None:
+            return unavailable
+        devices = {a.device.type for a in args if isinstance(a, Tensor)}
+        if not devices <= set(self._devices()):
+            return f"runs on {' or '.join(self.devices)} tensors, not on {' and '.join(sorted(devices))}"
+        answer = True if self.supports is None else self.supports(*args)
+        return None if answer is True else (answer or "does not support these arguments")
+
+    def _devices(self) -> tuple[str, ...]:
+        # Triton's interpreter runs the GPU kernels on CPU tensors: how a machine without a GPU tests them.
+        return (*self.devices, "cpu") if self.name == "triton" and native.triton_interpreted() else self.devices
+
+
+@dataclass(eq=False)
+class Op:
+    """An op: callable, with its backends in order of preference. Made by `@op`, kept in `OPS`."""
+
+    reference: Callable[..., Any]
+    backends: list[Backend] = field(default_factory=list)
+    gradient: type[torch.autograd.Function] | None = None
+    samples: Callable[[str, torch.dtype], Iterator[Sample]] | None = None
+    cost: Callable[..., Cost] | None = None
+
+    def __post_init__(self) -> None:
+        self.name = self.reference.__name__
+        self.__doc__ = self.reference.__doc__
+        self.signature = inspect.signature(self.reference)
+        # Defaults are filled in by __call__: the dispatcher would drop trailing arguments that equal theirs.
+        schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(self.reference, mutates_args=()))
+        _LIBRARY.define(self.name + schema)
+        _LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"diffkern::{self.name}", self.reference, lib=_LIBRARY)
+        self.overload = getattr(torch.ops.diffkern, self.name).default
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) < len(self.signature.parameters):
+            args = self.bind(*args, **kwargs)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            # Without a gradient of its own an op trains through its reference, which is differentiable and right.
+            return self.reference(*args) if self.gradient is None else self.gradient.apply(*args)
+        return self.overload(*args)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}: {', '.join(b.name for b in self.all_backends())}>"
+
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The full positional arguments of a call, defaults filled in."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+    def backend(
+        self, name: str, *, devices: tuple[str, ...], supports: Callable[..., bool | str] | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register the next backend in order of preference. `supports(*args)` is True or the reason why not; it says
+        *can* (dtype, layout, capability), never *want*."""
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            assert name in BACKENDS, f"{name} is not one of {BACKENDS}"
+            self.backends.append(Backend(name, run, devices, supports))
+            return run
+
+        return register
+
+    def all_backends(self) -> list[Backend]:
+        return [*self.backends, Backend("reference", self.reference)]
+
+    def choose(self, args: tuple[Any, ...]) -> Backend:
+        """The backend that a call with these arguments takes now. Raises BackendError if a forced one cannot."""
+        forced = forced_backend()
+        if forced is None:
+            return next(b for b in self.all_backends() if b.why_not(args) is None)
+        for b in self.all_backends():
+            if b.name == forced:
+                if (reason := b.why_not(args)) is not None:
+                    raise BackendError(f"{self.name}: backend {forced!r} was forced but {reason}")
+                return b
+        have = ", ".join(b.name for b in self.all_backends())
+        raise BackendError(f"{self.name}: backend {forced!r} was forced but this op has only: {have}")
+
+    def _dispatch(self, *args: Any) -> Any:
+        return self.choose(args).run(*args)
+
+
+def op(reference: Callable[..., Any]) -> Op:
+    """Make the decorated reference an op."""
+    made = Op(reference)
+    assert made.name not in OPS, f"two ops are named {made.name}"
+    OPS[made.name] = made
+    return made
+
+
+def availability(backend: str) -> str | None:
+    """None when the backend can run on this machine at all, else the reason why not."""
+    match backend:
+        case "cpu":
+            return native.why_no_cpu()
+        case "triton":
+            return native.why_no_triton()
+        case "cuda":
+            return native.why_no_cuda()
+    return None
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or DIFFKERN_BACKEND, or None for the automatic choice."""
+    name = _forced.get() or os.environ.get("DIFFKERN_BACKEND") or "auto"
+    if name == "auto":
+        return None
+    _check_name(name)
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op inside the block to one backend ("cpu", "triton", "cuda", "reference"), or "auto" for the
+    automatic choice. A forced backend that cannot run raises BackendError. Raises ValueError for another name."""
+    _check_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _check_name(name: str) -> None:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"no backend is named {name!r}: choose one of auto, {', '.join(BACKENDS)}")
+
+
+def explain(what: Op | str, *args: Any, **kwargs: Any) -> list[Choice]:
+    """For each backend of an op, in order of preference: would this call take it, and why (not).
+
+    Without arguments the answer is about the machine only. Raises KeyError for an unknown op name."""
+    if isinstance(what, str):
+        if what not in OPS:
+            raise KeyError(f"no op is named {what!r}: choose one of {', '.join(sorted(OPS))}")
+        what = OPS[what]
+    bound = what.bind(*args, **kwargs) if args or kwargs else None
+    forced = forced_backend()
+    choices, taken = [], False
+    for b in what.all_backends():
+        reason = availability(b.name) if bound is None else b.why_not(bound)
+        if reason is None and forced not in (None, b.name):
+            reason = f"can run, but {forced!r} is forced"
+        elif reason is None and taken:
+            reason = f"can run, but {next(c.backend for c in choices if c.chosen)!r} comes first"
+        chosen = reason is None
+        taken = taken or chosen
+        choices.append(Choice(b.name, chosen, reason or ("forced" if forced else "first that can run")))
+    return choices

@@ -1,0 +1,28 @@
+"""What the ops agree on about numbers and memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an op computes in: float32, or float64 for float64 input (the oracle)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout of an op's result: channels_last if x has that layout and no other, else contiguous."""
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def is_dense(x: Tensor) -> bool:
+    """Contiguous, or channels_last: the layouts that kernels read."""
+    return x.is_contiguous() or memory_format(x) is torch.channels_last
+
+
+def per_sample(v: Tensor, x: Tensor) -> Tensor:
+    """A per-sample vector [B], shaped to broadcast against x [B, ...]."""
+    return v.reshape(-1, *(1,) * (x.dim() - 1))

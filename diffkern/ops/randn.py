@@ -1,0 +1,88 @@
+"""Normal noise as a pure function of (seed, sample id, draw, element): Philox4x32-10 (Salmon et al. 2011) + Box-Muller.
+
+Key: the 64-bit seed, low word first. Counter: word 0 = element // 4 in logical (NCHW) order, word 1 = draw, words 2-3 =
+the 64-bit sample id. So sample 17 of seed 0 is the same alone, in any batch, on any device and in any memory format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from math import pi, prod
+
+import torch
+from torch import Tensor
+
+from diffkern.op import Cost, Sample, op
+
+_WORD = 0xFFFFFFFF
+
+
+class Draw(IntEnum):
+    """The first draw of each purpose (the draw's high byte), so that no two purposes ever share noise."""
+
+    SAMPLING = 0
+    TRAINING = 1 << 24
+    VAE = 2 << 24
+    PROBE = 3 << 24
+
+
+def noise_keys(seed: int, sample_ids: int | Iterable[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The keys of a batch of samples: int64 [B, 2], rows (seed, sample id). An int n means the ids 0..n-1."""
+    ids = torch.as_tensor(range(sample_ids) if isinstance(sample_ids, int) else sample_ids, dtype=torch.int64)
+    return torch.stack([torch.full_like(ids, _signed(seed)), ids], dim=1).to(device)
+
+
+def _signed(word: int) -> int:
+    if not -(1 << 63) <= word < 1 << 64:
+        raise ValueError(f"seed {word} does not fit in 64 bits")
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the 64-bit product of two 32-bit words, in int64 arithmetic that never overflows."""
+    low = a * (b & 0xFFFF)
+    mid = a * (b >> 16) + (low >> 16)
+    return mid >> 16, ((mid & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on words held in int64 tensors (broadcast together): four random words per counter."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(0xD2511F53, c0)
+        hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def normal(keys: Tensor, shape: Iterable[int], draw: int | Tensor, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """The reference noise [B, *shape] for any op: `draw` is an int or an int64 [B]; computed in `dtype`."""
+    shape = tuple(shape)
+    n = prod(shape)
+    first = offset // 4
+    block = torch.arange(first, (offset + n + 3) // 4, device=keys.device)[None]
+    seed, sample = keys[:, :1], keys[:, 1:]
+    draws = (draw[:, None] if isinstance(draw, Tensor) else torch.full_like(seed, draw)) & _WORD
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    words = philox(key, (block & _WORD, draws, sample & _WORD, (sample >> 32) & _WORD))
+    # The uniforms are float32 by definition, whatever the dtype: in (0, 1], so that the logarithm is finite.
+    u0, v0, u1, v1 = (w.to(torch.float32) * 2**-32 + 2**-33 for w in words)
+    lanes = []
+    for u, v in ((u0, v0), (u1, v1)):
+        radius = torch.sqrt(-2 * torch.log(u.to(dtype)))
+        angle = (v - 0.5).to(dtype) * (2 * pi)
+        lanes += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    flat = torch.stack(lanes, dim=-1).flatten(1)
+    return flat[:, offset - 4 * first : offset - 4 * first + n].reshape(keys.shape[0], *shape)
+
+
+@op
+def randn(keys: Tensor, shape: list[int], draw: int = 0, dtype: torch.dtype = torch.float32, offset: int = 0) -> Tensor:
+    """Standard normal noise, one independent stream per sample.
+
+    keys: int64 [B, 2] of (seed, sample id), see `noise_keys`. shape: of one sample. draw: which noise of the sample
+    (`Draw` + index). offset: the element of the sample's stream to start at. Returns [B, *shape] of dtype, contiguous."""
+    return normal(keys, shape, draw, torch.promote_types(dtype, torch.float32), offset).to(dtype)

@@ -1,0 +1,98 @@
+"""A sampler is a table: one row of coefficients per model call, known before sampling starts.
+
+A sampler is a function `(schedule, steps) -> Table` that works out its coefficients in float64, as its paper writes
+them; the op `sampler_step` applies a row to a batch on the device. See diffkern/ops/sampler_py for what a row does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diffkern.ops.sampler_step import C_IN, CLIP, DRAW, NEXT, NEXT_BASE, NEXT_H, TERMS, WIDTH
+
+Weights = Mapping[str, float]
+"""Weights over the terms x, m (model output), x0, h0, h1, h2 (past entries, newest first) and base."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model call is given, and what is made of its output m.
+
+    timestep: what the model is told. c_in: what x is scaled by before the model sees it. x0: (a, b) of the prediction
+    x0 = a x + b m. clip: bound on |x0|. next: weights of the next sample. noise: scale of the fresh noise in it.
+    push: weights of the new history entry. base: weights of the next base (default: base stays as it is)."""
+
+    timestep: float
+    x0: tuple[float, float]
+    next: Weights
+    noise: float = 0.0
+    push: Weights = field(default_factory=dict)
+    base: Weights = field(default_factory=lambda: {"base": 1.0})
+    c_in: float = 1.0
+    clip: float = math.inf
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a sampler, for states of N(0, init_scale^2) at the start. Raises ValueError for a row with a
+    coefficient that is not finite (for example x0 from epsilon where alpha_t = 0)."""
+
+    rows: Sequence[Row]
+    init_scale: float = 1.0
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError(f"{self.name}: a table needs at least one row")
+        coefficients = self.data.clone()
+        coefficients[:, CLIP] = 0.0  # an infinite clip bound means no clipping
+        bad = (~torch.isfinite(coefficients)).any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"{self.name}: row {bad[0]} has a coefficient that is not finite; with this schedule the prediction "
+                "type cannot give x0 there (a zero-terminal-SNR schedule needs v or x0 prediction)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def data(self) -> Tensor:
+        """float64 [R + 1, 32] on the CPU. The last row is the end: timestep 0, c_in 1."""
+        data = torch.zeros(len(self.rows) + 1, WIDTH, dtype=torch.float64)
+        draw = 0
+        for i, r in enumerate(self.rows):
+            draw += r.noise != 0  # draw 0 is the initial noise
+            data[i, : DRAW + 1] = torch.tensor(
+                [r.timestep, r.c_in, *r.x0, r.clip, r.noise, draw], dtype=torch.float64
+            )
+            for block, weights in ((NEXT, r.next), (NEXT_BASE, r.base), (NEXT_H, r.push)):
+                for term, weight in weights.items():
+                    data[i, block + TERMS.index(term)] = weight
+        data[-1, C_IN] = 1.0
+        return data
+
+    @property
+    def timesteps(self) -> list[float]:
+        return [r.timestep for r in self.rows]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether any row draws noise."""
+        return any(r.noise for r in self.rows)
+
+    @property
+    def uses_base(self) -> bool:
+        return any(w.get("base") for r in self.rows for w in (r.next, r.push))
+
+    @property
+    def history(self) -> int:
+        """How many past entries (0 to 3) the rows read."""
+        used = {t for r in self.rows for w in (r.next, r.push, r.base) for t, v in w.items() if v and t[0] == "h"}
+        return max((int(t[1:]) + 1 for t in used), default=0)
