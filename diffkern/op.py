@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import inspect
 import os
 import re
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from diffkern import native
+from diffkern.layout import dense
 
 OPS: dict[str, Op] = {}
 BACKENDS = ("cpu", "triton", "cuda", "reference")
@@ -38,10 +40,12 @@ class BackendError(RuntimeError):
 
 
 class Sample(NamedTuple):
-    """One realistic call of an op. `name` says which model or edge the shape comes from."""
+    """One call of an op. `name` says which edge or model the shape comes from; `args` makes the arguments. Small ones
+    test the backends; a workload is a realistic size from a named model, for the benchmarks."""
 
     name: str
-    args: tuple[Any, ...]
+    args: Callable[[], tuple[Any, ...]]
+    workload: bool = False
 
 
 class Cost(NamedTuple):
@@ -80,7 +84,7 @@ class Backend:
 
     def _devices(self) -> tuple[str, ...]:
         # Triton's interpreter runs the GPU kernels on CPU tensors: how a machine without a GPU tests them.
-        return (*self.devices, "cpu") if self.name == "triton" and native.triton_interpreted() else self.devices
+        return (*self.devices, "cpu") if self.name == "triton" and triton_interpreted() else self.devices
 
 
 @dataclass(eq=False)
@@ -89,9 +93,9 @@ class Op:
 
     reference: Callable[..., Any]
     backends: list[Backend] = field(default_factory=list)
-    gradient: type[torch.autograd.Function] | None = None
-    samples: Callable[[str, torch.dtype], Iterator[Sample]] | None = None
-    cost: Callable[..., Cost] | None = None
+    grad: type[torch.autograd.Function] | None = None
+    make_samples: Callable[[str, torch.dtype], Iterator[Sample]] | None = None
+    count_cost: Callable[..., Cost] | None = None
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__
@@ -109,7 +113,7 @@ class Op:
             args = self.bind(*args, **kwargs)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             # Without a gradient of its own an op trains through its reference, which is differentiable and right.
-            return self.reference(*args) if self.gradient is None else self.gradient.apply(*args)
+            return self.reference(*args) if self.grad is None else self.grad.apply(*args)
         return self.overload(*args)
 
     def __repr__(self) -> str:
@@ -134,6 +138,19 @@ class Op:
 
         return register
 
+    def gradient(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        """Register the gradient: an autograd.Function that takes the op's arguments, entered when one needs it."""
+        self.grad = function
+        return function
+
+    def samples(self, make: Callable[[str, torch.dtype], Iterator[Sample]]) -> None:
+        """Register the sample calls: a generator of `Sample` for a device and a dtype."""
+        self.make_samples = make
+
+    def cost(self, count: Callable[..., Cost]) -> None:
+        """Register what a perfect kernel must do for a call: called with the op's arguments, returns a `Cost`."""
+        self.count_cost = count
+
     def all_backends(self) -> list[Backend]:
         return [*self.backends, Backend("reference", self.reference)]
 
@@ -151,7 +168,8 @@ class Op:
         raise BackendError(f"{self.name}: backend {forced!r} was forced but this op has only: {have}")
 
     def _dispatch(self, *args: Any) -> Any:
-        return self.choose(args).run(*args)
+        backend = self.choose(args)
+        return backend.run(*(args if backend.name == "reference" else dense(args)))
 
 
 def op(reference: Callable[..., Any]) -> Op:
@@ -162,16 +180,19 @@ def op(reference: Callable[..., Any]) -> Op:
     return made
 
 
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def availability(backend: str) -> str | None:
     """None when the backend can run on this machine at all, else the reason why not."""
-    match backend:
-        case "cpu":
-            return native.why_no_cpu()
-        case "triton":
-            return native.why_no_triton()
-        case "cuda":
-            return native.why_no_cuda()
-    return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'diffkern[triton]')"
+        if not triton_interpreted() and not torch.cuda.is_available():
+            return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return native.why_not(backend) if backend in native.LIBRARIES else None
 
 
 def forced_backend() -> str | None:

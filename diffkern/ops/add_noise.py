@@ -1,14 +1,16 @@
-"""The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) (Ho et al. 2020, eq. 4; Kingma et al. 2021, eq. 1), with
-the schedule looked up and the noise drawn inside the op."""
+"""The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) (Ho et al. 2020, eq. 4; Kingma et al. 2021, eq. 1),
+with the schedule looked up and the noise drawn inside the op."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample
 from diffkern.op import Cost, Sample, op
-from diffkern.ops.layout import accumulate, memory_format, per_sample
-from diffkern.ops.randn import Draw, normal
+from diffkern.ops.randn import Draw, noise_keys, normal
 
 
 @op
@@ -30,3 +32,56 @@ def add_noise(
     x_t = per_sample(alpha, x0) * x0.to(acc) + per_sample(sigma, x0) * noise
     x_t = x_t.to(x0.dtype).contiguous(memory_format=layout)
     return x_t, noise.to(x0.dtype).contiguous(memory_format=layout) if return_noise else x0.new_empty(0)
+
+
+def _supports(
+    x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool
+) -> bool | str:
+    if alpha_sigma.dtype != torch.float32:
+        return "takes a float32 alpha_sigma"
+    return fast_dtype(x0.dtype)
+
+
+@add_noise.backend("triton", devices=("cuda",), supports=_supports)
+def _(
+    x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool
+) -> tuple[Tensor, Tensor]:
+    from diffkern.kernels.add_noise import add_noise as kernel
+
+    return kernel(x0, timestep, alpha_sigma, keys, draw, return_noise)
+
+
+@add_noise.backend("cpu", devices=("cpu",), supports=_supports)
+def _(
+    x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.diffkern_C.add_noise(x0, timestep, alpha_sigma, keys, draw, return_noise)
+
+
+@add_noise.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.testing import SHAPES, make
+
+    angle = torch.linspace(0.01, 1.56, 1000, dtype=torch.float64)
+    acc = accumulate(dtype)
+    table = torch.stack([angle.cos(), angle.sin()], dim=1).to(device, acc)
+
+    def sample(name: str, shape: tuple[int, ...], layout: str, noise: bool, workload: bool = False) -> Sample:
+        def args() -> tuple[object, ...]:
+            timestep = torch.arange(shape[0], device=device) * 131 % 1000
+            keys = noise_keys(3, shape[0], device)
+            return make(shape, device, dtype, layout), timestep, table, keys, int(Draw.TRAINING), noise
+
+        return Sample(name, args, workload)
+
+    for name, shape, layout in SHAPES:
+        yield sample(name, shape, layout, noise=False)
+    yield sample("with the noise", (3, 4, 9, 9), "channels_last", noise=True)
+    yield sample("CIFAR training batch", (128, 3, 32, 32), "contiguous", noise=True, workload=True)
+    yield sample("SDXL latents", (16, 4, 128, 128), "contiguous", noise=False, workload=True)
+    yield sample("SD 1.5 VAE pictures", (16, 3, 512, 512), "contiguous", noise=False, workload=True)
+
+
+@add_noise.cost
+def _(x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool) -> Cost:
+    return Cost(bytes=x0.numel() * x0.element_size() * (3 if return_noise else 2), flops=29 * x0.numel())

@@ -13,6 +13,7 @@ from math import pi, prod
 import torch
 from torch import Tensor
 
+from diffkern.layout import fast_dtype
 from diffkern.op import Cost, Sample, op
 
 _WORD = 0xFFFFFFFF
@@ -84,5 +85,46 @@ def randn(keys: Tensor, shape: list[int], draw: int = 0, dtype: torch.dtype = to
     """Standard normal noise, one independent stream per sample.
 
     keys: int64 [B, 2] of (seed, sample id), see `noise_keys`. shape: of one sample. draw: which noise of the sample
-    (`Draw` + index). offset: the element of the sample's stream to start at. Returns [B, *shape] of dtype, contiguous."""
+    (`Draw` + index). offset: the element of the sample's stream to start at.
+    Returns [B, *shape] of dtype, contiguous."""
     return normal(keys, shape, draw, torch.promote_types(dtype, torch.float32), offset).to(dtype)
+
+
+def _supports(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> bool | str:
+    return fast_dtype(dtype)
+
+
+@randn.backend("triton", devices=("cuda",), supports=_supports)
+def _(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Tensor:
+    from diffkern.kernels.randn import randn as kernel
+
+    return kernel(keys, shape, draw, dtype, offset)
+
+
+@randn.backend("cpu", devices=("cpu",), supports=_supports)
+def _(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Tensor:
+    return torch.ops.diffkern_C.randn(keys, shape, draw, dtype, offset)
+
+
+@randn.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    def sample(
+        name: str, batch: int, shape: list[int], draw: int = 0, offset: int = 0, workload: bool = False
+    ) -> Sample:
+        return Sample(name, lambda: (noise_keys(7, batch, device), shape, draw, dtype, offset), workload)
+
+    yield sample("square", 3, [3, 16, 16])
+    yield sample("one element", 1, [1])
+    yield sample("no sample", 0, [3, 4, 4])
+    yield sample("no element", 2, [0, 4])
+    yield sample("odd", 5, [3, 7, 5], draw=3)
+    yield sample("offset into a counter", 2, [37], offset=6)
+    yield sample("beyond 2^31 elements", 2, [41], draw=int(Draw.PROBE), offset=(1 << 33) + 3)
+    yield sample("SDXL latents", 16, [4, 128, 128], workload=True)
+    yield sample("SD 1.5 VAE pictures", 16, [3, 512, 512], workload=True)
+
+
+@randn.cost
+def _(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Cost:
+    n = keys.shape[0] * prod(shape)
+    return Cost(bytes=n * dtype.itemsize, flops=26 * n)  # 26 instructions a normal with approximate log2, sin, cos

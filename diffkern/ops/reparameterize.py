@@ -3,12 +3,15 @@ mean and logvar pass through."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Cost, Sample, op
-from diffkern.ops.layout import accumulate, memory_format
-from diffkern.ops.randn import Draw, normal
+from diffkern.ops.randn import Draw, noise_keys, normal
 
 
 @op
@@ -20,3 +23,63 @@ def reparameterize(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int = int(D
     noise = normal(keys, mean.shape[1:], draw, acc)
     z = mean.to(acc) + torch.exp(logvar.to(acc) / 2) * noise
     return z.to(mean.dtype).contiguous(memory_format=memory_format(mean))
+
+
+class _Gradient(torch.autograd.Function):
+    """dz/dmean = 1 and dz/dlogvar = exp(logvar / 2) epsilon / 2 = (z - mean) / 2: no noise is drawn again."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
+        z = reparameterize.overload(mean.detach(), logvar.detach(), keys, draw)
+        ctx.save_for_backward(mean, z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mean, z = ctx.saved_tensors
+        acc = accumulate(mean.dtype)
+        half = (z.to(acc) - mean.to(acc)) / 2
+        return grad, (grad.to(acc) * half).to(mean.dtype), None, None
+
+
+reparameterize.gradient(_Gradient)
+
+
+def _supports(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> bool | str:
+    if logvar.dtype != mean.dtype or logvar.shape != mean.shape:
+        return "takes mean and logvar of one shape and dtype"
+    return fast_dtype(mean.dtype)
+
+
+@reparameterize.backend("triton", devices=("cuda",), supports=_supports)
+def _(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
+    from diffkern.kernels.reparameterize import reparameterize as kernel
+
+    return kernel(mean, logvar, keys, draw)
+
+
+@reparameterize.backend("cpu", devices=("cpu",), supports=_supports)
+def _(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
+    return torch.ops.diffkern_C.reparameterize(mean, logvar, keys, draw)
+
+
+@reparameterize.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.testing import SHAPES, make
+
+    def sample(name: str, shape: tuple[int, ...], layout: str, workload: bool = False) -> Sample:
+        def args() -> tuple[object, ...]:
+            mean, logvar = (make(shape, device, dtype, layout, seed) for seed in (0, 1))
+            return mean, logvar, noise_keys(5, shape[0], device), int(Draw.VAE)
+
+        return Sample(name, args, workload)
+
+    for name, shape, layout in SHAPES:
+        yield sample(name, shape, layout)
+    yield sample("SD 1.5 VAE latents", (16, 4, 64, 64), "contiguous", workload=True)
+    yield sample("SDXL VAE latents", (16, 4, 128, 128), "contiguous", workload=True)
+
+
+@reparameterize.cost
+def _(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Cost:
+    return Cost(bytes=3 * mean.numel() * mean.element_size(), flops=30 * mean.numel())

@@ -10,12 +10,15 @@ entry, each a weighted sum of the terms; the caller then shifts the history: h0,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample
 from diffkern.op import Cost, Sample, op
-from diffkern.ops.layout import memory_format, per_sample
-from diffkern.ops.randn import normal
+from diffkern.ops.randn import noise_keys, normal
 
 TERMS = ("x", "m", "x0", "h0", "h1", "h2", "base")
 # The columns of a row. Each weight block has a place for every term and one of padding: a row is one 128-byte line.
@@ -71,10 +74,69 @@ def sampler_step(
     model_input = (per_sample(c_in, x) * x_next).to(model_output.dtype)
     if guidance is not None:
         model_input = torch.cat([model_input, model_input])
-    empty = x.new_empty(0)
     return (
         x_next,
         model_input.contiguous(memory_format=memory_format(x)),
-        combine(NEXT_BASE) if base is not None else empty,
-        combine(NEXT_H) if h0 is not None else empty,
+        combine(NEXT_BASE) if base is not None else x.new_empty(0),
+        combine(NEXT_H) if h0 is not None else x.new_empty(0),
     )
+
+
+def _supports(x: Tensor, model_output: Tensor, table: Tensor, *_: object) -> bool | str:
+    if x.dtype != torch.float32 or table.dtype != torch.float32:
+        return "takes a float32 state and table"
+    return fast_dtype(model_output.dtype)
+
+
+@sampler_step.backend("triton", devices=("cuda",), supports=_supports)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from diffkern.kernels.sampler_step import sampler_step as kernel
+
+    return kernel(*args)
+
+
+@sampler_step.backend("cpu", devices=("cpu",), supports=_supports)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.diffkern_C.sampler_step(*args)
+
+
+@sampler_step.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.testing import SHAPES, make
+
+    acc = accumulate(dtype)  # the state is float32 whatever the model's dtype
+
+    def sample(
+        name: str, shape: tuple[int, ...], layout: str = "contiguous", noisy: bool = True, guided: bool = True,
+        base: bool = True, history: int = 3, workload: bool = False,
+    ) -> Sample:  # fmt: skip
+        def args() -> tuple[object, ...]:
+            batch = shape[0]
+            table = make((6, WIDTH), device, acc, seed=9)
+            table[:, CLIP] = torch.tensor([0.3, 1.0, torch.inf, 2.0, 0.5, 0.0])
+            table[:, DRAW] = torch.arange(6)
+            state = [make(shape, device, acc, layout, seed) for seed in range(5)]
+            output = make(((2 if guided else 1) * batch, *shape[1:]), device, dtype, layout, 5)
+            row = torch.arange(batch, device=device) * 2 % 5
+            keys = noise_keys(11, batch, device) if noisy else None
+            guidance = torch.linspace(0.5, 7.5, batch, device=device, dtype=acc) if guided else None
+            past = [h if i < history else None for i, h in enumerate(state[2:])]
+            return state[0], output, table, row, keys, guidance, state[1] if base else None, *past
+
+        return Sample(name, args, workload)
+
+    for name, shape, layout in SHAPES:
+        yield sample(name, shape, layout)
+    yield sample("bare", (3, 3, 5, 5), noisy=False, guided=False, base=False, history=0)
+    yield sample("DPM-Solver++ 2M", (3, 3, 5, 5), "channels_last", noisy=False, base=False, history=1)
+    yield sample("SD 1.5, DDIM", (8, 4, 64, 64), noisy=False, base=False, history=0, workload=True)
+    yield sample("SDXL, DPM-Solver++ 2M SDE", (8, 4, 128, 128), base=False, history=1, workload=True)
+
+
+@sampler_step.cost
+def _(x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, keys: Tensor | None, guidance: Tensor | None,
+      base: Tensor | None, h0: Tensor | None, h1: Tensor | None, h2: Tensor | None) -> Cost:  # fmt: skip
+    past = [t for t in (base, h0, h1, h2) if t is not None]
+    states = 2 + len(past) + (base is not None) + (h0 is not None)
+    flops = (2 * 2 * (2 + len(past)) + 8 + (26 if keys is not None else 0)) * x.numel()
+    return Cost(states * x.numel() * x.element_size() + 2 * model_output.numel() * model_output.element_size(), flops)

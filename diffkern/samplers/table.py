@@ -69,9 +69,7 @@ class Table:
         draw = 0
         for i, r in enumerate(self.rows):
             draw += r.noise != 0  # draw 0 is the initial noise
-            data[i, : DRAW + 1] = torch.tensor(
-                [r.timestep, r.c_in, *r.x0, r.clip, r.noise, draw], dtype=torch.float64
-            )
+            data[i, : DRAW + 1] = torch.tensor([r.timestep, r.c_in, *r.x0, r.clip, r.noise, draw], dtype=torch.float64)
             for block, weights in ((NEXT, r.next), (NEXT_BASE, r.base), (NEXT_H, r.push)):
                 for term, weight in weights.items():
                     data[i, block + TERMS.index(term)] = weight

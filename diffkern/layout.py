@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def accumulate(dtype: torch.dtype) -> torch.dtype:
     """The dtype an op computes in: float32, or float64 for float64 input (the oracle)."""
@@ -26,3 +28,20 @@ def is_dense(x: Tensor) -> bool:
 def per_sample(v: Tensor, x: Tensor) -> Tensor:
     """A per-sample vector [B], shaped to broadcast against x [B, ...]."""
     return v.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def dense(args: tuple[object, ...]) -> tuple[object, ...]:
+    """What kernels are called with: every tensor dense, and in the layout of the first."""
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    if first is None:
+        return args
+    layout = memory_format(first)
+    return tuple(
+        a.contiguous(memory_format=layout if a.dim() == 4 else torch.contiguous_format) if isinstance(a, Tensor) else a
+        for a in args
+    )
+
+
+def fast_dtype(dtype: torch.dtype) -> bool | str:
+    """True for the dtypes that kernels take, else the reason why not."""
+    return dtype in FAST_DTYPES or f"takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"

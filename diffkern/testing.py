@@ -1,0 +1,90 @@
+"""How a backend is judged: sample inputs, the float64 oracle, and the tolerance rule. Shared by tests and benchmarks.
+
+A backend passes when its error against the oracle (the reference, run in float64 on the same values) is at most twice
+the error that the reference itself makes in the op's dtype, plus one unit in the last place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern.op import Op, use_backend
+
+SHAPES = (
+    ("square", (3, 4, 8, 8), "contiguous"),
+    ("square, channels_last", (3, 4, 8, 8), "channels_last"),
+    ("strided", (2, 3, 6, 5), "strided"),
+    ("odd", (5, 3, 7, 5), "contiguous"),
+    ("odd, channels_last", (5, 3, 7, 5), "channels_last"),
+    ("one element", (1, 1, 1, 1), "contiguous"),
+    ("no sample", (0, 3, 4, 4), "contiguous"),
+    ("no pixel", (2, 3, 0, 4), "contiguous"),
+    ("a vector", (3, 37), "contiguous"),
+    ("a video", (2, 3, 2, 5, 5), "contiguous"),
+)
+"""Small shapes and layouts that every elementwise op is tried on: (name, shape, layout)."""
+
+
+def make(shape: tuple[int, ...], device: str, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> Tensor:
+    """Normal values of a shape in a layout: "contiguous", "channels_last" or "strided" (every second element). They
+    are drawn in float32, rounded to dtype, and the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "strided":
+        wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator)
+        return wide.to(device, dtype)[..., ::2]
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def oracle(op: Op, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The reference in float64, on the values of `args`, rounded nowhere."""
+
+    def wide(a: Any) -> Any:
+        if isinstance(a, torch.dtype):
+            return torch.float64
+        return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+    return tensors(op.reference(*map(wide, args)))
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit in the last place of `dtype` at the magnitude of x, in float64."""
+    info = torch.finfo(dtype)
+    magnitude = x.abs().double().clamp(min=info.smallest_normal)
+    return torch.exp2(torch.floor(torch.log2(magnitude))) * info.eps
+
+
+def poison(device: str) -> None:
+    """Leave NaN in the memory that the next outputs will be made of, so that an element never written shows."""
+    blocks = [torch.full((size,), torch.nan, device=device) for size in (1 << 8, 1 << 12, 1 << 16) for _ in range(4)]
+    del blocks
+
+
+def check(op: Op, backend: str, args: tuple[Any, ...]) -> float:
+    """Run one call on a forced backend and judge it. Returns the worst error as a share of what is allowed; raises
+    AssertionError with the figures when it is above 1, or when shape, dtype or strides differ from the reference's."""
+    expected, plain = oracle(op, args), tensors(op.reference(*args))
+    poison(next((a.device.type for a in args if isinstance(a, Tensor)), "cpu"))
+    with use_backend(backend):
+        got = tensors(op.overload(*args))
+    assert len(got) == len(expected), f"{op.name}: {len(got)} results, the reference has {len(expected)}"
+    worst = 0.0
+    for i, (g, p, e) in enumerate(zip(got, plain, expected, strict=True)):
+        where = f"{op.name} on {backend}, result {i}"
+        assert (g.shape, g.dtype, g.device) == (p.shape, p.dtype, p.device), f"{where}: {g.shape} {g.dtype} {g.device}"
+        strides = [(a, b) for a, b, n in zip(g.stride(), p.stride(), p.shape, strict=True) if n > 1 and p.numel()]
+        assert all(a == b for a, b in strides), f"{where}: strides {g.stride()}, the reference has {p.stride()}"
+        if not g.numel():
+            continue
+        allowed = 2 * (p.double() - e).abs().max() + ulp(e, g.dtype)
+        share = ((g.double() - e).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
+        assert share <= 1, f"{where}: error {(g.double() - e).abs().max():.3g}, {share:.3g} times what is allowed"
+        worst = max(worst, share)
+    return worst

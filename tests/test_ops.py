@@ -1,0 +1,65 @@
+"""Every op in the registry, on every backend that can run here, against its float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import diffkern
+from diffkern.op import OPS, availability
+from diffkern.testing import check, tensors
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def small_samples(device: str, dtype: torch.dtype):
+    for op in OPS.values():
+        for sample in op.make_samples(device, dtype):
+            if not sample.workload:
+                yield pytest.param(op, sample, id=f"{op.name}-{sample.name}-{device}-{str(dtype)[6:]}")
+
+
+CALLS = [call for device in DEVICES for dtype in DTYPES for call in small_samples(device, dtype)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize(("op", "sample"), CALLS)
+def test_backend_agrees_with_the_oracle(op, sample, backend):
+    if (reason := availability(backend)) is not None:
+        pytest.skip(reason)
+    choices = {c.backend: c.reason for c in diffkern.explain(op, *sample.args())}
+    if backend not in choices:
+        pytest.skip(f"{op.name} has no {backend} backend")
+    args = sample.args()
+    if "runs on" in choices[backend]:
+        pytest.skip(choices[backend])
+    check(op, backend, args)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_opcheck(op):
+    small = [s for s in op.make_samples("cpu", torch.float32) if not s.workload]
+    for sample in (small[0], small[-1]):  # the most and the least that the op is given
+        torch.library.opcheck(op.overload, op.bind(*sample.args()))
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_compiles_without_a_graph_break(op):
+    args = next(s for s in op.make_samples("cpu", torch.float32) if not s.workload).args()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+    for got, expected in zip(tensors(compiled(*args)), tensors(op(*args)), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_op_is_complete(op):
+    assert op.make_samples is not None, "an op needs samples"
+    assert op.count_cost is not None, "an op needs a cost"
+    assert "Returns" in (op.__doc__ or ""), "a docstring says what is returned"
+    workloads = [s for s in op.make_samples("cpu", torch.float32) if s.workload]
+    assert workloads, "an op needs a realistic workload to be timed on"
+    cost = op.count_cost(*workloads[0].args())
+    assert cost.bytes > 0
+    assert cost.flops > 0
