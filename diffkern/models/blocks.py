@@ -1,0 +1,118 @@
+"""The blocks that UNets are made of, thin and written in ops. Modules hold parameters under diffusers' names, so that
+its weights load as they are; channels_last from end to end."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffkern.ops import group_norm_silu
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
+    """GroupNorm with the module's parameters, then SiLU, in one op."""
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+
+
+def sinusoids(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """The sinusoidal embedding (Vaswani et al. 2017, section 3.5, at real positions): [B] -> float32 [B, dim]."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - freq_shift)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
+    return F.pad(torch.cat(pair, dim=1), (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, time embedding, norm, SiLU, conv, residual (Ho et al. 2020, appendix B). With `scale_shift` the
+    time embedding scales and shifts the second norm instead of being added (Dhariwal & Nichol 2021)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int,
+        groups: int,
+        eps: float,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        output_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.scale_shift, self.output_scale, self.dropout = scale_shift, output_scale, dropout
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: [B, C, H, W]. emb: [B, time_dim], SiLU already applied. Returns [B, out_channels, H, W]."""
+        h = self.conv1(norm_silu(self.norm1, x))
+        time = self.time_emb_proj(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = F.silu(norm_silu(self.norm2, h, silu=False) * (1 + scale) + shift)
+        else:
+            h = norm_silu(self.norm2, h + time)
+        h = self.conv2(F.dropout(h, self.dropout, self.training))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return (shortcut + h) / self.output_scale if self.output_scale != 1 else shortcut + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with a GroupNorm in front and a residual around."""
+
+    def __init__(self, channels: int, head_dim: int, groups: int, eps: float, output_scale: float = 1.0) -> None:
+        super().__init__()
+        self.head_dim, self.output_scale = head_dim, output_scale
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] -> [B, C, H, W]."""
+        b, c, height, width = x.shape
+        # channels_last, so that this view of the pixels as a sequence [B, H W, C] moves nothing
+        tokens = norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(b, height * width, c)
+        q, k, v = (
+            proj(tokens).reshape(b, height * width, c // self.head_dim, self.head_dim).transpose(1, 2)
+            for proj in (self.to_q, self.to_k, self.to_v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height * width, c)
+        out = self.to_out[0](out).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        return (x + out) / self.output_scale if self.output_scale != 1 else x + out
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halves H and W. Padding 0 means one row and column of zeros at the end only, as in the DDPM weights."""
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Doubles H and W."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
