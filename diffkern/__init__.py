@@ -1,19 +1,37 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
+from diffkern.models.bundle import Diffusion, bundled, load
+from diffkern.models.folder import ModelError
+from diffkern.models.unet import UNet2D
 from diffkern.op import BackendError, explain, use_backend
 from diffkern.ops import Draw, add_noise, group_norm_silu, noise_keys, randn, reparameterize, sampler_step
+from diffkern.samplers import SAMPLERS, Row, Table, make_table
+from diffkern.samplers.loop import Progress, sample
+from diffkern.schedules import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAMPLERS",
     "BackendError",
+    "Diffusion",
     "Draw",
+    "ModelError",
+    "Progress",
+    "Row",
+    "Schedule",
+    "Table",
+    "UNet2D",
     "add_noise",
+    "bundled",
     "explain",
     "group_norm_silu",
+    "load",
+    "make_table",
     "noise_keys",
     "randn",
     "reparameterize",
+    "sample",
     "sampler_step",
     "use_backend",
 ]

@@ -231,7 +231,8 @@ def explain(what: Op | str, *args: Any, **kwargs: Any) -> list[Choice]:
         what = OPS[what]
     bound = what.bind(*args, **kwargs) if args or kwargs else None
     forced = forced_backend()
-    choices, taken = [], False
+    choices: list[Choice] = []
+    taken = False
     for b in what.all_backends():
         reason = availability(b.name) if bound is None else b.why_not(bound)
         if reason is None and forced not in (None, b.name):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkern.ops import group_norm_silu
+from diffkern.ops.group_norm_silu import group_norm_silu
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:

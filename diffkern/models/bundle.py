@@ -1,0 +1,84 @@
+"""A trained model with what is needed to use it: network, schedule and the names of its labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffkern.models.folder import WEIGHTS, ModelError, read_json
+from diffkern.models.unet import UNet2D
+from diffkern.schedules import Schedule, from_diffusers_config
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """model: the network, ready to sample. schedule: what it was trained with. labels: the names of its classes in
+    order, empty if it has none."""
+
+    name: str
+    model: UNet2D
+    schedule: Schedule
+    labels: tuple[str, ...] = ()
+
+    def label_id(self, name: str) -> int:
+        """The number of a label, from its name or the beginning of one of its words, in any case, or its number.
+        Raises ValueError naming the labels there are."""
+        count = self.model.config.num_class_embeds or 0
+        names = self.labels or tuple(str(i) for i in range(count))
+        if not names:
+            raise ValueError(f"{self.name} has no labels to choose from")
+        wanted = name.strip().lower()
+        if wanted.isdecimal() and int(wanted) < len(names):
+            return int(wanted)
+        exact = [i for i, label in enumerate(names) if label.lower() == wanted]
+        begins = [i for i, label in enumerate(names) if any(w.startswith(wanted) for w in label.lower().split())]
+        found = exact or (begins if wanted else [])
+        if len(found) == 1:
+            return found[0]
+        problem = "no label is named" if not found else "more than one label begins with"
+        raise ValueError(f"{problem} {name!r}: choose one of {', '.join(names)}")
+
+
+def bundled() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(config.parent.name for config in ASSETS.glob("*/config.json"))
+
+
+def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Diffusion:
+    """A bundled model by name, or a diffusers folder of a `UNet2DModel` by path: flat, or a pipeline's with `unet` and
+    `scheduler` in it. A labels.json, if there, is {"labels": [names], "null_label": number}.
+
+    Raises ModelError, with a sentence that names what is wrong."""
+    path = ASSETS / name if str(name) in bundled() else Path(name)
+    if not path.is_dir():
+        raise ModelError(
+            f"no model is named {str(name)!r}: give a folder with a model or one of {', '.join(bundled())}"
+        )
+    unet = path / "unet" if (path / "unet").is_dir() else path
+    scheduler = path / "scheduler" if (path / "scheduler").is_dir() else path
+    if not (unet / "config.json").is_file():
+        raise ModelError(f"{path} is not a folder with a model (config.json and {WEIGHTS})")
+    config = read_json(scheduler / "scheduler_config.json")
+    try:
+        schedule = from_diffusers_config(config)
+    except (ValueError, TypeError) as e:
+        raise ModelError(f"{scheduler / 'scheduler_config.json'}: {e}") from None
+    model = UNet2D.from_folder(unet, dtype, device)
+    labels: tuple[str, ...] = ()
+    if (path / "labels.json").is_file():
+        labels, model.null_label = _labels(path / "labels.json", model.config.num_class_embeds or 0)
+    return Diffusion(path.name, model, schedule, labels)
+
+
+def _labels(file: Path, classes: int) -> tuple[tuple[str, ...], int | None]:
+    value = read_json(file)
+    names, null = value.get("labels"), value.get("null_label")
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(names) > classes:
+        raise ModelError(f"{file}: labels must be a list of at most {classes} names, the classes of the model")
+    if null is not None and not (isinstance(null, int) and 0 <= null < classes):
+        raise ModelError(f"{file}: null_label must be a class of the model, 0 to {classes - 1}, not {null!r}")
+    return tuple(names), null
