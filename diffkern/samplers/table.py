@@ -1,7 +1,7 @@
 """A sampler is a table: one row of coefficients per model call, known before sampling starts.
 
 A sampler is a function `(schedule, steps) -> Table` that works out its coefficients in float64, as its paper writes
-them; the op `sampler_step` applies a row to a batch on the device. See diffkern/ops/sampler_py for what a row does.
+them; the op `sampler_step` applies a row to a batch on the device. diffkern/ops/sampler_step.py says what a row does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,29 @@ from torch import Tensor
 
 from diffkern.ops.sampler_step import C_IN, CLIP, DRAW, NEXT, NEXT_BASE, NEXT_H, TERMS, WIDTH
 
-Weights = Mapping[str, float]
-"""Weights over the terms x, m (model output), x0, h0, h1, h2 (past entries, newest first) and base."""
+
+class Weights(dict[str, float]):
+    """A linear combination of the terms x, m (model output), x0, h0, h1, h2 (past entries, newest first) and base.
+
+    The terms below can be added and scaled, so that a sampler's update is written as in its paper:
+    `alpha * X0 + sigma * (X - a * X0) / s` is the Weights {"x0": alpha - sigma * a / s, "x": sigma / s}."""
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights({term: self.get(term, 0.0) + other.get(term, 0.0) for term in {**self, **other}})
+
+    def __sub__(self, other: Weights) -> Weights:
+        return self + -1.0 * other
+
+    def __mul__(self, scale: float) -> Weights:
+        return Weights({term: scale * weight for term, weight in self.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scale: float) -> Weights:
+        return Weights({term: weight / scale for term, weight in self.items()})
+
+
+X, M, X0, H0, H1, H2, BASE = (Weights({term: 1.0}) for term in TERMS)
 
 
 @dataclass(frozen=True)
@@ -30,10 +51,10 @@ class Row:
 
     timestep: float
     x0: tuple[float, float]
-    next: Weights
+    next: Mapping[str, float]
     noise: float = 0.0
-    push: Weights = field(default_factory=dict)
-    base: Weights = field(default_factory=lambda: {"base": 1.0})
+    push: Mapping[str, float] = field(default_factory=Weights)
+    base: Mapping[str, float] = field(default_factory=lambda: BASE)
     c_in: float = 1.0
     clip: float = math.inf
 
