@@ -152,7 +152,9 @@ class Op:
         self.count_cost = count
 
     def all_backends(self) -> list[Backend]:
-        return [*self.backends, Backend("reference", self.reference)]
+        """The backends in order of preference. Interpreted Triton proves kernels, slowly: it comes last."""
+        backends = [*self.backends, Backend("reference", self.reference)]
+        return sorted(backends, key=lambda b: b.name == "triton" and triton_interpreted())
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that a call with these arguments takes now. Raises BackendError if a forced one cannot."""
@@ -174,10 +176,11 @@ class Op:
 
 def op(reference: Callable[..., Any]) -> Op:
     """Make the decorated reference an op."""
-    made = Op(reference)
-    assert made.name not in OPS, f"two ops are named {made.name}"
-    OPS[made.name] = made
-    return made
+    name = reference.__name__
+    if name in OPS:
+        raise ValueError(f"there is an op named {name!r} already")
+    OPS[name] = Op(reference)
+    return OPS[name]
 
 
 def triton_interpreted() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Cost, Sample, op
-from diffkern.ops.randn import Draw, noise_keys, normal
+from diffkern.ops.randn import Draw, noise_keys, normal, randn
 
 
 @op
@@ -26,20 +26,21 @@ def reparameterize(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int = int(D
 
 
 class _Gradient(torch.autograd.Function):
-    """dz/dmean = 1 and dz/dlogvar = exp(logvar / 2) epsilon / 2 = (z - mean) / 2: no noise is drawn again."""
+    """dz/dmean = 1, dz/dlogvar = exp(logvar / 2) epsilon / 2. The noise is a counter, so it is drawn again rather than
+    kept; (z - mean) / 2 would need no noise but has no digits left where the spread is small beside the mean."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
-        z = reparameterize.overload(mean.detach(), logvar.detach(), keys, draw)
-        ctx.save_for_backward(mean, z)
-        return z
+        ctx.save_for_backward(logvar, keys)
+        ctx.draw = draw
+        return reparameterize.overload(mean.detach(), logvar.detach(), keys, draw)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mean, z = ctx.saved_tensors
-        acc = accumulate(mean.dtype)
-        half = (z.to(acc) - mean.to(acc)) / 2
-        return grad, (grad.to(acc) * half).to(mean.dtype), None, None
+        logvar, keys = ctx.saved_tensors
+        acc = accumulate(logvar.dtype)
+        noise = randn.overload(keys, list(logvar.shape[1:]), ctx.draw, acc, 0)
+        return grad, (grad.to(acc) * torch.exp(logvar.to(acc) / 2) * noise / 2).to(logvar.dtype), None, None
 
 
 reparameterize.gradient(_Gradient)

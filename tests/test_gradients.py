@@ -1,0 +1,77 @@
+"""Gradients: of every op against finite differences in float64, and of the native ones against the reference's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import diffkern
+from diffkern.op import OPS
+from diffkern.testing import make, tensors, ulp
+
+
+def float64_call(op):
+    """The smallest call with something to differentiate: its floating tensors, and a function of them."""
+    samples = [s.args() for s in op.make_samples("cpu", torch.float64) if not s.workload]
+    args = min((a for a in samples if grads(a) and all(a[i].numel() for i in grads(a))), key=lambda a: size(a))
+    index = grads(args)
+
+    def run(*floats):
+        full = list(args)
+        for i, value in zip(index, floats, strict=True):
+            full[i] = value
+        return tuple(t for t in tensors(op(*full)) if t.requires_grad)
+
+    return run, [args[i].detach().clone().requires_grad_() for i in index]
+
+
+def grads(args):
+    return [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and i != 2]
+
+
+def size(args):
+    return sum(a.numel() for a in args if isinstance(a, torch.Tensor))
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n != "randn"])
+def test_gradients_equal_finite_differences(name):
+    run, inputs = float64_call(OPS[name])
+    assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_gradient_of_reparameterize_is_the_references(dtype):
+    keys = diffkern.noise_keys(0, 3)
+
+    def gradients(function):
+        mean, logvar = (make((3, 4, 5, 5), "cpu", dtype, seed=s).requires_grad_() for s in (0, 1))
+        weight = make((3, 4, 5, 5), "cpu", dtype, seed=2)
+        (function(mean, logvar, keys, 7) * weight).sum().backward()
+        return mean.grad, logvar.grad
+
+    ours, theirs = gradients(diffkern.reparameterize), gradients(diffkern.reparameterize.reference)
+    assert torch.equal(ours[0], theirs[0])
+    # one rounding of the result; the noise itself is within a few units of float32
+    assert ((ours[1].double() - theirs[1].double()).abs() <= 2 * ulp(theirs[1], dtype) + 1e-6).all()
+
+
+def test_the_gradient_of_a_small_spread_keeps_its_digits():
+    keys = diffkern.noise_keys(0, 2)
+    mean = torch.full((2, 50), 100.0)
+    logvar = torch.full((2, 50), -20.0, requires_grad=True)
+    diffkern.reparameterize(mean, logvar, keys, 7).sum().backward()
+    expected = torch.exp(torch.tensor(-10.0)) * diffkern.randn(keys, [50], 7) / 2
+    torch.testing.assert_close(logvar.grad, expected, rtol=1e-5, atol=0)
+
+
+def test_training_through_a_compiled_op():
+    x = make((2, 8, 4, 4), "cpu", torch.float32).requires_grad_()
+    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, w, b: diffkern.group_norm_silu(x, 4, w, b), fullgraph=True, backend="aot_eager")
+    compiled(x, weight, bias).square().sum().backward()
+    got = (x.grad.clone(), weight.grad.clone(), bias.grad.clone())
+    x.grad = weight.grad = bias.grad = None
+    diffkern.group_norm_silu(x, 4, weight, bias).square().sum().backward()
+    for g, e in zip(got, (x.grad, weight.grad, bias.grad), strict=True):
+        torch.testing.assert_close(g, e)
