@@ -1,0 +1,233 @@
+"""GroupNorm + SiLU for contiguous and channels_last tensors, any channel and group count.
+
+Tiles are [pixels, channels] whatever the layout, with the strides as run-time numbers. A group that fits into one tile
+is read once (`_one_pass`). Else `_moments` writes the mean and the squared deviations of every chunk, and `_apply`
+folds the chunks of its groups in a fixed order, then normalises. How a sample is cut depends on its own shape only, so
+that a sample's result does not depend on its batch. The second moment is centred: nothing cancels far from zero.
+"""
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import merge_moments, on_device
+
+_TILE = 4096  # elements of a tile of the two-pass kernels
+_ONE_PASS = {1024: 4, 4096: 4, 16384: 16}  # elements that one program keeps in registers, with how many warps
+_CHUNKS = 256  # a group is cut into at most about this many: each program of `_apply` reads all their moments
+
+
+class _Cut(NamedTuple):
+    """How the channels are cut into slabs of whole groups, or each group into parts; compile-time."""
+
+    PER_GROUP: int
+    GROUPS: int  # in a slab
+    PARTS: int  # of a group
+    CHANNELS: int  # a power of two that holds a slab, or a part
+    PIXELS: int
+
+
+@triton.jit
+def _slab(
+    program, channels, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """(first group, part, first channel, mask of the channels, [CHANNELS, GROUPS] membership) of a slab of a sample."""
+    PADDED: tl.constexpr = triton.next_power_of_2(GROUPS)
+    group = program // PARTS * GROUPS
+    part = program % PARTS
+    first = group * PER_GROUP + part * CHANNELS
+    c = tl.arange(0, CHANNELS)
+    mask = (c < GROUPS * PER_GROUP - part * CHANNELS) & (first + c < channels)
+    member = (c[:, None] // PER_GROUP == tl.arange(0, PADDED)[None, :]) & mask[:, None]
+    return group, part, first, mask, member
+
+
+@triton.jit
+def _to_groups(per_channel, member):
+    return tl.sum(tl.where(member, per_channel[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def _to_channels(per_group, member):
+    return tl.sum(tl.where(member, per_group[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def _tile_moments(x, inside, n):
+    """Per channel of a tile [pixels, channels] with n pixels inside: the mean and the sum of squared deviations."""
+    mean = tl.sum(x, axis=0) / n
+    deviation = tl.where(inside, x - mean[None, :], 0.0)
+    # The mean as summed is off by its rounding: what the deviations still add up to mends both moments.
+    rest = tl.sum(deviation, axis=0) / n
+    return mean + rest, tl.sum(deviation * deviation, axis=0) - rest * rest * n
+
+
+@triton.jit
+def _group_moments(n, mean, m2, member):
+    """Fold per-channel moments, n elements each, into groups: (channels of the group here, mean, squares)."""
+    width = tl.maximum(tl.sum(member.to(tl.float32), axis=0), 1.0)
+    group_mean = _to_groups(mean, member) / width
+    delta = mean - _to_channels(group_mean, member)
+    return width, group_mean, _to_groups(m2 + n * delta * delta, member)
+
+
+@triton.jit
+def _normalise(x, mean, m2, count, eps, weight, bias, c, c_mask, member, AFFINE: tl.constexpr, SILU: tl.constexpr):
+    scale = _to_channels(tl.rsqrt(m2 / count + tl.cast(eps, tl.float32)), member)
+    centre = _to_channels(mean, member)
+    if AFFINE:
+        scale *= tl.load(weight + c, c_mask, other=0.0).to(tl.float32)
+    y = (x - centre[None, :]) * scale[None, :]
+    if AFFINE:
+        y += tl.load(bias + c, c_mask, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        y = y / (1 + tl.exp(-y))
+    return y
+
+
+@triton.jit
+def _one_pass(
+    x_ptr, y_ptr, weight, bias, eps, pixels, channels, pixel_stride, channel_stride, slabs,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    AFFINE: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    base = (program // slabs).to(tl.int64) * channels * pixels
+    _, _, first, c_mask, member = _slab(program % slabs, channels, PER_GROUP, GROUPS, PARTS, CHANNELS)
+    c = first + tl.arange(0, CHANNELS)
+    p = tl.arange(0, PIXELS)
+    offset = base + c[None, :] * channel_stride + p[:, None] * pixel_stride
+    inside = (p < pixels)[:, None] & c_mask[None, :]
+    x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
+    n = tl.cast(pixels, tl.float32)
+    mean, m2 = _tile_moments(x, inside, n)
+    width, mean, m2 = _group_moments(n, mean, m2, member)
+    y = _normalise(x, mean, m2, width * n, eps, weight, bias, c, c_mask, member, AFFINE, SILU)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _moments(
+    x_ptr, partial, pixels, channels, pixel_stride, channel_stride, slabs, groups, half,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """partial: [2, B, groups, PARTS * chunks]: the means, then from `half` on the sums of squared deviations."""
+    sample = (tl.program_id(0) // slabs).to(tl.int64)
+    group, part, first, c_mask, member = _slab(tl.program_id(0) % slabs, channels, PER_GROUP, GROUPS, PARTS, CHANNELS)
+    start = tl.program_id(1).to(tl.int64) * (PIXELS * TILES)
+    p = tl.arange(0, PIXELS)
+    x_ptr += sample * channels * pixels + first.to(tl.int64) * channel_stride
+    offset = tl.arange(0, CHANNELS)[None, :] * channel_stride + p[:, None] * pixel_stride
+    count = 0.0
+    mean = tl.zeros([CHANNELS], tl.float32)
+    m2 = tl.zeros([CHANNELS], tl.float32)
+    for t in range(TILES):
+        left = pixels - start - t * PIXELS
+        if left > 0:
+            inside = (p < left)[:, None] & c_mask[None, :]
+            x = tl.load(x_ptr + (start + t * PIXELS) * pixel_stride + offset, inside, other=0.0).to(tl.float32)
+            n = tl.minimum(left, PIXELS).to(tl.float32)
+            tile_mean, tile_m2 = _tile_moments(x, inside, n)
+            count, mean, m2 = merge_moments(count, mean, m2, n, tile_mean, tile_m2)
+    _, group_mean, group_m2 = _group_moments(count, mean, m2, member)
+    g = tl.arange(0, group_mean.shape[0])
+    chunks = tl.num_programs(1)
+    entry = (sample * groups + group + g) * (PARTS * chunks) + part * chunks + tl.program_id(1)
+    mask = (g < GROUPS) & (group + g < groups)
+    tl.store(partial + entry, group_mean, mask)
+    tl.store(partial + half + entry, group_m2, mask)
+
+
+@triton.jit
+def _apply(
+    x_ptr, y_ptr, partial, weight, bias, eps, pixels, channels, pixel_stride, channel_stride, slabs, groups, half,
+    PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    TILES: tl.constexpr, ENTRIES: tl.constexpr, AFFINE: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    # Backwards: what `_moments` read last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    chunks = tl.num_programs(1)
+    chunk = chunks - 1 - tl.program_id(1)
+    sample = (program // slabs).to(tl.int64)
+    group, _, first, c_mask, member = _slab(program % slabs, channels, PER_GROUP, GROUPS, PARTS, CHANNELS)
+
+    e = tl.arange(0, ENTRIES)[:, None]
+    g = tl.arange(0, member.shape[1])[None, :]
+    entry = (sample * groups + group + g) * (PARTS * chunks) + e
+    there = (e < PARTS * chunks) & (g < GROUPS) & (group + g < groups)
+    width = tl.minimum(PER_GROUP - e // chunks * CHANNELS, CHANNELS) if PARTS > 1 else PER_GROUP
+    height = tl.minimum(pixels - (e % chunks).to(tl.int64) * (PIXELS * TILES), PIXELS * TILES)
+    n = tl.where(there, (width * height).to(tl.float32), 0.0)
+    means = tl.load(partial + entry, there, other=0.0)
+    count = tl.cast(pixels, tl.float32) * PER_GROUP
+    mean = tl.sum(n / count * means, axis=0)
+    delta = means - mean[None, :]
+    m2 = tl.sum(tl.load(partial + half + entry, there, other=0.0) + n * delta * delta, axis=0)
+
+    start = chunk.to(tl.int64) * (PIXELS * TILES)
+    c = first + tl.arange(0, CHANNELS)
+    p = tl.arange(0, PIXELS)
+    base = sample * channels * pixels + first.to(tl.int64) * channel_stride
+    offset = tl.arange(0, CHANNELS)[None, :] * channel_stride + p[:, None] * pixel_stride
+    for t in range(TILES):
+        here = base + (start + t * PIXELS) * pixel_stride + offset
+        inside = (p < pixels - start - t * PIXELS)[:, None] & c_mask[None, :]
+        x = tl.load(x_ptr + here, inside, other=0.0).to(tl.float32)
+        y = _normalise(x, mean, m2, count, eps, weight, bias, c, c_mask, member, AFFINE, SILU)
+        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), inside)
+
+
+def _cut(per_group: int, pixels: int, channels: int, channels_last: bool) -> _Cut:
+    """The cut of the two-pass kernels: long runs of memory, and as few padded lanes as that allows."""
+    if not channels_last:  # a run is pixels of one channel
+        run = min(_TILE, max(16, 4 ** ((pixels - 1).bit_length() + 1 >> 1)))  # powers of four: few variants
+        width = min(_TILE // run, triton.next_power_of_2(per_group))
+        return _Cut(per_group, 1, triton.cdiv(per_group, width), width, run)
+    width = min(128, triton.next_power_of_2(channels))
+    groups = max(1, width // per_group)
+    aligned = 8 // gcd(per_group, 8)  # groups that begin on 16 bytes
+    groups -= groups % aligned if groups > aligned else 0
+    parts = triton.cdiv(per_group, width)
+    return _Cut(per_group, groups, parts, width, _TILE // width)
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> Tensor:
+    """silu(group_norm(x)); weight and bias both given or both None."""
+    y = torch.empty_like(x)
+    if not x.numel():
+        return y
+    batch, channels = x.shape[:2]
+    pixels, per_group = x[0, 0].numel(), channels // num_groups
+    channels_last = not x.is_contiguous()
+    strides = (channels, 1) if channels_last else (1, pixels)
+    flags = {"AFFINE": weight is not None, "SILU": silu, "enable_fp_fusion": True}
+    width = triton.next_power_of_2(per_group)
+    size = next((size for size in _ONE_PASS if width * triton.next_power_of_2(pixels) <= size), None)
+    with on_device(x):
+        if size is not None:
+            cut = _Cut(per_group, 1, 1, width, size // width)
+            _one_pass[(batch * num_groups,)](
+                x, y, weight, bias, eps, pixels, channels, *strides, num_groups,
+                **cut._asdict(), **flags, num_warps=_ONE_PASS[size],
+            )  # fmt: skip
+            return y
+        cut = _cut(per_group, pixels, channels, channels_last)
+        slabs = triton.cdiv(num_groups, cut.GROUPS) * cut.PARTS
+        most = max(1, _CHUNKS // cut.PARTS)
+        tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(pixels, cut.PIXELS), most))
+        chunks = triton.cdiv(pixels, cut.PIXELS * tiles)
+        entries = max(16, triton.next_power_of_2(cut.PARTS * chunks))
+        partial = x.new_empty(2, batch, num_groups, cut.PARTS * chunks, dtype=torch.float32)
+        launch, half = (batch * slabs, chunks), partial[0].numel()
+        place = (pixels, channels, *strides, slabs, num_groups, half)
+        shape = {**cut._asdict(), "TILES": tiles}
+        _moments[launch](x, partial, *place, **shape, enable_fp_fusion=True)
+        _apply[launch](x, y, partial, weight, bias, eps, *place, **shape, ENTRIES=entries, **flags)
+    return y
