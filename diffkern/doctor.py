@@ -41,7 +41,7 @@ def cpu_name() -> str:
 
 def report() -> dict[str, Any]:
     """Everything that `diffkern doctor` prints. Asking whether a native library is ready builds it if need be."""
-    cache = native.cache_dir()
+    cache = native.cache_folders()[0]
     files = [f for f in cache.rglob("*") if f.is_file()] if cache.is_dir() else []
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
