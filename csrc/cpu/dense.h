@@ -1,0 +1,131 @@
+// Dense tensors of a batch, contiguous or channels_last, and the loop over them that also draws their noise.
+#pragma once
+
+#include "../common/dtype.h"
+#include "noise.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+namespace diffkern {
+
+// Below this many elements another thread costs more than it saves (measured: waking one takes about 10 us).
+constexpr int64_t kSerial = 1 << 14;
+constexpr int64_t kRun = 1024;
+
+// How a batch lies in memory: samples of `pixels` rows of `channels` elements. A contiguous sample is one channel.
+struct Dense {
+  int64_t batch = 0, channels = 1, pixels = 0;
+  bool channels_last = false;
+
+  int64_t sample() const { return channels * pixels; }
+};
+
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4) {
+    return false;
+  }
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const int64_t want[] = {h * w * c, 1, w * c, c};
+  for (int i = 0; i < 4; ++i) {
+    if (t.size(i) != 1 && t.stride(i) != want[i]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+inline Dense dense(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() >= 1, op, ": ", name, " must have a batch axis, got ", shape_of(t));
+  const int64_t batch = t.size(0), sample = t.numel() / std::max<int64_t>(batch, 1);
+  if (t.is_contiguous()) {
+    return {batch, 1, sample, false};
+  }
+  check(is_channels_last(t), op, ": ", name, " must be contiguous or channels_last");
+  return {batch, t.size(1), t.size(2) * t.size(3), true};
+}
+
+// The data of `t`, which must have the dtype, the layout and, but for the batch, the shape of `like`.
+template <class T>
+const T* data_like(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& like,
+                   int64_t batch) {
+  bool same = t.dim() == like.dim() && t.size(0) == batch;
+  for (int64_t i = 1; same && i < t.dim(); ++i) {
+    same = t.size(i) == like.size(i);
+  }
+  check(same, op, ": ", name, " must have batch ", batch, " and otherwise the shape ", shape_of(like), ", got ",
+        shape_of(t));
+  check(t.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+  check(like.is_contiguous() ? t.is_contiguous() : is_channels_last(t), op, ": ", name, " must have the layout of ",
+        "the first tensor");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// An uninitialised tensor with the shape and layout of `like`, but for dtype and batch.
+inline Tensor empty_as(const Tensor& like, ScalarType dtype, int64_t batch) {
+  std::vector<int64_t> size(like.sizes().begin(), like.sizes().end());
+  size[0] = batch;
+  using torch::headeronly::MemoryFormat;
+  const auto format = like.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+  return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+inline Tensor no_elements(ScalarType dtype) { return torch::stable::empty({0}, dtype); }
+
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The noise of elements [begin, begin + n) of a stream, in order; points into `room`, which begins up to 3 before.
+inline const float* noise_at(const Stream& s, int64_t begin, int64_t n, float* room) {
+  normals(s, begin / 4, (begin + n + 3) / 4 - begin / 4, room);
+  return room + begin % 4;
+}
+
+// Calls body(sample, offset, n, noise) for runs of at most kRun elements that lie together in memory, `offset` from the
+// sample's first; all of them together are the batch. `stream(sample)` gives the noise, or is nullptr for none. What a
+// run is depends on the sample's shape alone, so that neither threads nor the batch change a bit of the result.
+template <class StreamOf, class Body>
+void for_each_run(const Dense& d, StreamOf stream, Body body) {
+  constexpr bool kNoisy = !std::is_same_v<StreamOf, std::nullptr_t>;
+  constexpr int64_t kMaxChannels = 16;  // noise is drawn a channel at a time: few channels give it long rows
+  if (d.sample() == 0) {
+    return;
+  }
+  const int64_t width = std::min(d.channels, kMaxChannels), across = (d.channels + width - 1) / width;
+  const int64_t height = kRun / width / 4 * 4, down = (d.pixels + height - 1) / height;
+  const int64_t tiles = across * down;
+  torch::stable::parallel_for(0, d.batch * tiles, std::max<int64_t>(1, kSerial / kRun), [&](int64_t begin, int64_t end) {
+    alignas(64) float room[normals_room(kRun / 4 + 1)], tile[kRun];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sample = i / tiles, pixel = i % tiles / across * height, channel = i % across * width;
+      const int64_t pixels = std::min(height, d.pixels - pixel), channels = std::min(width, d.channels - channel);
+      const float* noise = nullptr;
+      if constexpr (kNoisy) {
+        const Stream s = stream(sample);
+        if (channels == 1 && d.channels == 1) {
+          noise = noise_at(s, pixel, pixels, room);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) {
+            const float* plane = noise_at(s, (channel + c) * d.pixels + pixel, pixels, room);
+            for (int64_t p = 0; p < pixels; ++p) {
+              tile[p * channels + c] = plane[p];
+            }
+          }
+          noise = tile;
+        }
+      }
+      if (channels == d.channels) {
+        body(sample, pixel * d.channels, pixels * channels, noise);
+      } else {
+        for (int64_t p = 0; p < pixels; ++p) {
+          body(sample, (pixel + p) * d.channels + channel, channels, noise ? noise + p * channels : nullptr);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace diffkern
