@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class Schedule:
     clip: the bound that samplers put on |x_0|, infinite for none. shift: of a flow (Esser et al. 2024, eq. 23).
     sigma_data, rho: EDM's. Raises ValueError for anything not of these."""
 
-    alpha_t: Tensor
-    sigma_t: Tensor
+    alpha_t: Tensor = field(repr=False)
+    sigma_t: Tensor = field(repr=False)
     prediction: str = "epsilon"
     path: str = "vp"
     spacing: str = "trailing"
@@ -118,6 +118,14 @@ class Schedule:
         det = alpha * w - sigma * u
         return (-u / det, alpha / det) if det else (math.inf, math.inf)
 
+    @overload
+    def add_noise(
+        self, x0: Tensor, timestep: Tensor, keys: Tensor, return_noise: Literal[False] = False, draw: int = ...
+    ) -> Tensor: ...
+    @overload
+    def add_noise(
+        self, x0: Tensor, timestep: Tensor, keys: Tensor, return_noise: Literal[True], draw: int = ...
+    ) -> tuple[Tensor, Tensor]: ...
     def add_noise(
         self, x0: Tensor, timestep: Tensor, keys: Tensor, return_noise: bool = False, draw: int = int(Draw.TRAINING)
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -147,7 +155,10 @@ def one_of(what: str, name: object, allowed: Mapping[str, Any] | tuple[str, ...]
 def from_betas(betas: Tensor, **options: Any) -> Schedule:
     """The variance-preserving schedule with alpha_t^2 = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4).
     betas: float64 [T] in (0, 1]. options: other fields of Schedule."""
-    alpha_bar = torch.cumprod(1 - betas.to(torch.float64), dim=0)
+    betas = betas.to(torch.float64)
+    if not ((betas > 0) & (betas <= 1)).all():
+        raise ValueError(f"betas must be in (0, 1], but run from {betas.min().item()} to {betas.max().item()}")
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
     return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), **options)
 
 
@@ -210,12 +221,7 @@ def _ramp(start: float, end: float, n: int) -> Tensor:
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "linear": linear,
-    "scaled_linear": scaled_linear,
-    "cosine": cosine,
-    "sigmoid": sigmoid,
-    "edm": edm,
-    "flow": flow,
+    f.__name__: f for f in (linear, scaled_linear, cosine, sigmoid, edm, flow)
 }
 
 
@@ -226,39 +232,27 @@ def make_schedule(name: str, T: int = 1000, **options: Any) -> Schedule:
 
 
 # beta_start, beta_end, beta_schedule, timestep_spacing and clip_sample where a config leaves them out.
-_LDM, _DDPM = (0.00085, 0.012), (1e-4, 0.02)
 _DIFFUSERS: dict[str, tuple[float, float, str, str, bool]] = {
-    "DDPMScheduler": (*_DDPM, "linear", "leading", True),
-    "DDIMScheduler": (*_DDPM, "linear", "leading", True),
-    "PNDMScheduler": (*_DDPM, "linear", "leading", False),
-    "LCMScheduler": (*_LDM, "scaled_linear", "leading", False),
-    "HeunDiscreteScheduler": (*_LDM, "linear", "linspace", False),
-    "EulerDiscreteScheduler": (*_DDPM, "linear", "linspace", False),
-    "EulerAncestralDiscreteScheduler": (*_DDPM, "linear", "linspace", False),
-    "DPMSolverMultistepScheduler": (*_DDPM, "linear", "linspace", False),
-    "DEISMultistepScheduler": (*_DDPM, "linear", "linspace", False),
-    "UniPCMultistepScheduler": (*_DDPM, "linear", "linspace", False),
+    **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), (1e-4, 0.02, "linear", "leading", True)),
+    "PNDMScheduler": (1e-4, 0.02, "linear", "leading", False),
+    "LCMScheduler": (0.00085, 0.012, "scaled_linear", "leading", False),
+    "HeunDiscreteScheduler": (0.00085, 0.012, "linear", "linspace", False),
 }
+for _name in ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "DEISMultistep", "UniPCMultistep"):
+    _DIFFUSERS[f"{_name}Scheduler"] = (1e-4, 0.02, "linear", "linspace", False)
 _EDM_CLASSES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler",)
 _BETA_SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "squaredcos_cap_v2": cosine, "sigmoid": sigmoid}
 _PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
-# Keys with the only value that a table of coefficients can honour; anything else is refused rather than ignored.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "thresholding": (False,),
-    "variance_type": (None, "fixed_small", "fixed_large"),
-    "use_beta_sigmas": (False,),
-    "use_lu_lambdas": (False,),
-    "use_dynamic_shifting": (False,),  # the shift depends on the image size: set "shift" to exp(mu) instead
-    "shift_terminal": (None,),
-    "invert_sigmas": (False,),
-    "stochastic_sampling": (False,),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "lambda_min_clipped": (None, -math.inf),
-    "solver_p": (None,),
-}
 # fmt: off
+# Keys with the only values that a table of coefficients can honour; anything else is refused rather than ignored.
+# A dynamic shift depends on the image size: a config can have "shift" set to exp(mu) instead.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "variance_type": (None, "fixed_small", "fixed_large"), "lambda_min_clipped": (None, -math.inf),
+    "interpolation_type": ("linear",), "timestep_type": ("discrete",), "shift_terminal": (None,), "solver_p": (None,),
+    **dict.fromkeys(("thresholding", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting"), (False,)),
+    **dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False,)),
+}
 _READ = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range",

@@ -86,14 +86,13 @@ def _diffusers_like_ours(module: Any, wide: bool) -> Iterator[None]:
 
 
 def run_diffusers(
-    name: str, config: dict[str, Any], steps: int, model: Model, *, wide: bool = True, **step_options: Any
+    name: str, config: dict[str, Any], steps: int, x: Tensor, model: Model, *, wide: bool = True, **step_options: Any
 ) -> list[Tensor]:
-    """The states of a diffusers scheduler's run on the noise of KEYS, in float64 throughout if wide."""
+    """The states of a diffusers scheduler's run from x on the noise of KEYS, in float64 throughout if wide."""
     cls = getattr(diffusers, name)
     with _diffusers_like_ours(importlib.import_module(cls.__module__), wide):
         scheduler = cls(**config)
         scheduler.set_timesteps(steps)
-        x = getattr(scheduler, "init_noise_sigma", 1.0) * noise(0)
         states = [x]
         for t in scheduler.timesteps:
             m = model(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x, float(t))
@@ -105,4 +104,4 @@ def run_diffusers(
 def max_delta(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest difference of any state, relative to its scale where that is above 1."""
     assert len(ours) == len(theirs), f"{len(ours) - 1} model calls against {len(theirs) - 1}"
-    return max(((a - b).abs().max() / max(1.0, b.abs().max())).item() for a, b in zip(ours, theirs, strict=True))
+    return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in zip(ours, theirs, strict=True))

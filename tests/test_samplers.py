@@ -9,10 +9,11 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import diffusers
 import pytest
 from sampling import max_delta, run_diffusers, run_table, toy_model
 
-from diffkern.samplers import SAMPLERS, make_table
+from diffkern.samplers import SAMPLERS, Table, make_table
 from diffkern.schedules import from_diffusers_config
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -30,11 +31,14 @@ class Case:
         settings = [*self.config.items(), *self.options.items()]
         return "-".join([self.sampler, *(f"{k}={v}" for k, v in settings)]).replace("_type", "")
 
-    def delta(self, steps: int, wide: bool = True) -> float:
+    def table(self, steps: int) -> Table:
         schedule = from_diffusers_config({"_class_name": self.scheduler, **self.config})
-        table = make_table(self.sampler, schedule, steps, **self.options)
-        theirs = run_diffusers(self.scheduler, self.config, steps, toy_model, wide=wide, **self.step)
-        return max_delta(run_table(table, toy_model), theirs)
+        return make_table(self.sampler, schedule, steps, **self.options)
+
+    def delta(self, steps: int, wide: bool = True) -> float:
+        ours = run_table(self.table(steps), toy_model)
+        theirs = run_diffusers(self.scheduler, self.config, steps, ours[0], toy_model, wide=wide, **self.step)
+        return max_delta(ours, theirs)
 
 
 def spaced(*predictions: dict[str, str], spacings: tuple[str, ...] = SPACINGS) -> list[dict[str, Any]]:
@@ -107,12 +111,19 @@ CASES = [
     # diffusers' PNDM takes epsilon and v, and like its DDIM steps by T // steps.
     *(
         Case("PNDM", "plms", {"skip_prk_steps": True, **c})
-        for c in (*spaced(EPSILON, V, spacings=("leading", "trailing")), *beta_schedules(), {"steps_offset": 1})
+        for c in (*spaced(EPSILON, spacings=("leading", "trailing")), {"steps_offset": 1})
+    ),
+    *(
+        Case("PNDM", "plms", {"skip_prk_steps": True, **c}, {"average": "output"})
+        for c in (*spaced(V, spacings=("leading", "trailing")), *beta_schedules())
     ),
     Case("PNDM", "plms", {"skip_prk_steps": True, "set_alpha_to_one": True}, {"final": "zero"}),
     *(Case("LCM", "lcm", c) for c in (EPSILON, X0, V, CLIP_HALF, {"rescale_betas_zero_snr": True, **V})),
     Case("LCM", "lcm", {"timestep_scaling": 3.0, "original_inference_steps": 100},
          {"timestep_scaling": 3.0, "original_steps": 100}),
+    *(Case("EDMEuler", "euler", c) for c in ({}, {"sigma_max": 20.0, "rho": 5.0, "sigma_data": 1.0})),
+    *(Case("EDMDPMSolverMultistep", "dpmpp_2m", c) for c in ({}, {"sigma_min": 0.01, "sigma_data": 1.0})),
+    Case("EDMDPMSolverMultistep", "dpmpp_3m", {"solver_order": 3}),
     *(Case("FlowMatchEulerDiscrete", "flow_euler", c) for c in ({}, {"shift": 3.0}, KARRAS, EXPONENTIAL)),
 ]  # fmt: skip
 
@@ -122,11 +133,13 @@ FIRST_OF_TYPE = {(c.sampler, c.config.get("prediction_type")): c for c in revers
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, in diffusers
 
 
-@pytest.mark.parametrize(
-    ("case", "steps"),
-    [*product(CASES, (5, 20)), *product(FIRST_OF_TYPE.values(), (50,))],
-    ids=repr,
-)
+def runs() -> list[tuple[Case, int]]:
+    """20 steps of everything; 5, where the last steps differ, of every option; 50 of every prediction type."""
+    own = [c for c in CASES if c.options or c in FIRST_OF_TYPE.values()]
+    return [*product(CASES, [20]), *product(own, [5]), *product(FIRST_OF_TYPE.values(), [50])]
+
+
+@pytest.mark.parametrize(("case", "steps"), runs(), ids=repr)
 def test_equals_diffusers(case: Case, steps: int):
     # diffusers' DDPM adds noise of variance 1e-20 where there is none, and with eta = 1 and a zero-SNR schedule DDIM
     # takes the square root of a difference that is zero up to rounding; everything else agrees to 1e-10.
@@ -138,6 +151,23 @@ def test_equals_diffusers(case: Case, steps: int):
 def test_float32_diffusers(case: Case, steps: int):
     """As diffusers ships, with float32 alphas and sigmas, and float32 states in some schedulers."""
     assert case.delta(steps, wide=False) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in CASES
+        if "EDM" not in c.scheduler and (c.sampler in ("euler", "euler_a", "heun") or c in FIRST.values())
+    ],
+    ids=repr,
+)
+def test_initial_scale(case: Case):
+    """Not for EDM: its initial noise has scale sigma_max in the paper, and hypot(sigma_max, 1) in diffusers."""
+    scheduler = getattr(diffusers, case.scheduler)(**case.config)
+    scheduler.set_timesteps(10)
+    expected = float(getattr(scheduler, "init_noise_sigma", 1.0))  # float32
+    assert case.table(10).init_scale == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_sampler_is_compared():

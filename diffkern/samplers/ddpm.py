@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from diffkern.samplers.grid import Point, Spacing, grid, row
+from diffkern.samplers.grid import Point, Spacing, grid, initial_scale, row
 from diffkern.samplers.table import X0, M, Table, X
 from diffkern.schedules import Schedule, one_of
 
@@ -27,13 +27,14 @@ def ddpm(
     variance: that of the posterior ("fixed_small") or the larger beta_t ("fixed_large"), Ho et al. 2020, section 3.2.
     No noise in the last step. Raises ValueError for an option that is not one of these."""
     one_of("variance", variance, ("fixed_small", "fixed_large"))
+    points = grid(schedule, steps, spacing)
     rows = []
-    for t, s in pairwise(points := grid(schedule, steps, spacing)):
+    for t, s in pairwise(points):
         beta = _step_variance(t, s)
         var = beta if variance == "fixed_large" else beta * s.sigma**2 / t.sigma**2
         mean = t.alpha / s.alpha * s.sigma**2 / t.sigma**2 * X + s.alpha * beta / t.sigma**2 * X0
         rows.append(row(schedule, t, mean, clip=clip, noise=var**0.5 if s is not points[-1] else 0.0))
-    return Table(rows, name="ddpm")
+    return Table(rows, initial_scale(schedule, points[0]), name="ddpm")
 
 
 def ddim(
@@ -53,11 +54,12 @@ def ddim(
     timestep of the grid, whatever the spacing."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be between 0 and 1, not {eta}")
+    points = grid(schedule, steps, spacing, final=final)
     rows = []
-    for t, s in pairwise(grid(schedule, steps, spacing, final=final)):
+    for t, s in pairwise(points):
         std = eta * (_step_variance(t, s) * s.sigma**2 / t.sigma**2) ** 0.5
         a, b = schedule.epsilon_weights(t.alpha, t.sigma)
         epsilon = (X - t.alpha * X0) / t.sigma if use_clipped_model_output else a * X + b * M
         x = s.alpha * X0 + max(s.sigma**2 - std**2, 0.0) ** 0.5 * epsilon
         rows.append(row(schedule, t, x, clip=clip, noise=std))
-    return Table(rows, name="ddim")
+    return Table(rows, initial_scale(schedule, points[0]), name="ddim")

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from diffkern.samplers.grid import Spacing, grid, row
+from diffkern.samplers.grid import Spacing, grid, initial_scale, row
 from diffkern.samplers.table import H0, H1, X0, Table, X
 from diffkern.schedules import Schedule
 
@@ -42,7 +42,7 @@ def deis(
         for weight, past in zip(weights, (epsilon, H0, H1), strict=False):
             x = x + t.alpha * weight * past
         rows.append(row(schedule, s, x, clip=clip, push=epsilon))
-    return Table(rows, name="deis")
+    return Table(rows, initial_scale(schedule, points[0]), name="deis")
 
 
 def _integral(u: float, n: int) -> float:

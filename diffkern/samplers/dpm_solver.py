@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from diffkern.samplers.grid import Point, Spacing, grid, row
+from diffkern.samplers.grid import Point, Spacing, grid, initial_scale, row
 from diffkern.samplers.table import H0, H1, X0, Table, X
 from diffkern.schedules import Schedule, one_of
 
@@ -36,16 +36,21 @@ def dpmpp_3m(
     steps: int,
     *,
     solver_type: str = "midpoint",
+    third_order: bool = False,
     lower_order_final: bool = True,
     clip: float | None = None,
     spacing: Spacing = None,
     final: str = "zero",
 ) -> Table:
-    """DPM-Solver++(3M): also the curvature of x_0, as in the authors' code. solver_type: of the steps of order 2, at
-    the ends. lower_order_final: orders 2 and 1 in the last two of fewer than 15 steps."""
+    """DPM-Solver++(3M): also the curvature of x_0. solver_type: of the steps of order 2, at the ends.
+    lower_order_final: orders 2 and 1 in the last two of fewer than 15 steps.
+
+    The authors' code, and diffusers, take the second divided difference, f'' / 2, for f'': a small error, but one of
+    second order. third_order counts it in full."""
     one_of("solver_type", solver_type, ("midpoint", "heun"))
     points = grid(schedule, steps, spacing, final=final, open_end=True, positive_alpha=True)
-    return _multistep("dpmpp_3m", schedule, points, 3, solver_type, lower_order_final, clip)
+    curvature = 2.0 if third_order else 1.0
+    return _multistep("dpmpp_3m", schedule, points, 3, solver_type, lower_order_final, clip, curvature_scale=curvature)
 
 
 def dpmpp_2m_sde(
@@ -73,6 +78,7 @@ def _multistep(
     lower_order_final: bool,
     clip: float | None,
     sde: bool = False,
+    curvature_scale: float = 1.0,
 ) -> Table:
     rows = []
     steps = len(points) - 1
@@ -94,12 +100,12 @@ def _multistep(
                 older = (H0 - H1) / r1
                 curvature = (slope - older) / (r0 + r1)
                 slope = slope + r0 * curvature
-                x = x - t.alpha * ((expm1_over(z) - 1) / z - 0.5) * curvature
+                x = x - t.alpha * ((expm1_over(z) - 1) / z - 0.5) * curvature_scale * curvature
             exact = k > 2 or solver_type == "heun"
             x = x + t.alpha * (1 - expm1_over(z) if exact else -0.5 * math.expm1(z)) * slope
         noise = t.sigma * (-math.expm1(-2 * h)) ** 0.5 if sde else 0.0
         rows.append(row(schedule, s, x, clip=clip, noise=noise, push=X0))
-    return Table(rows, name=name)
+    return Table(rows, initial_scale(schedule, points[0]), name=name)
 
 
 def expm1_over(z: float) -> float:

@@ -57,8 +57,9 @@ def grid(
 
     spacing: one of SPACINGS, or the timesteps themselves (sigmas for EDM and flow), falling; None is the schedule's.
     final: where sampling ends, at "zero" noise or at the schedule's "sigma_min". integer: tell the model whole
-    timesteps. open_end: linspace and leading leave out the timestep 0 (as multistep solvers do). positive_alpha: keep
-    away from alpha = 0. Raises ValueError for anything else, and for more steps than the schedule has timesteps."""
+    timesteps, but for those given. open_end: linspace and leading leave out the timestep 0 (as multistep solvers do).
+    positive_alpha: keep away from alpha = 0. Raises ValueError for anything else, and for more steps than the schedule
+    has timesteps."""
     T = len(schedule)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -81,7 +82,7 @@ def grid(
         points = [_at_index(schedule, t, positive_alpha) for t in indices]
     if any(s.sigma * t.alpha <= t.sigma * s.alpha for s, t in pairwise(points)):
         raise ValueError(f"{steps} steps with this spacing visit a noise level twice: take fewer")
-    if integer and schedule.path != "ve":
+    if integer and isinstance(spacing, str) and schedule.path != "ve":
         # As diffusers' integer timesteps: Karras' are rounded, all others are cast.
         points = [
             p._replace(timestep=math.floor(round(p.timestep) if spacing == "karras" else p.timestep)) for p in points
@@ -92,6 +93,11 @@ def grid(
 def at_ratio(schedule: Schedule, ratio: float) -> Point:
     """The point of the schedule's path with sigma / alpha = ratio."""
     return _at_level(schedule, ratio / (1 + ratio) if schedule.path == "flow" else ratio, False)
+
+
+def initial_scale(schedule: Schedule, first: Point) -> float:
+    """The standard deviation of x at the first point, as diffusers has it: sigma if alpha = 1, else that of noise."""
+    return first.sigma if schedule.path == "ve" else 1.0
 
 
 def row(schedule: Schedule, p: Point, next: Weights, *, clip: float | None, scaled: bool = False, **fields: Any) -> Row:

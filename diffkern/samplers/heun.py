@@ -15,9 +15,11 @@ from diffkern.samplers.table import BASE, X0, Row, Table, Weights, X
 from diffkern.schedules import Schedule
 
 
-def heun(schedule: Schedule, steps: int, *, clip: float | None = None, spacing: Spacing = None) -> Table:
-    """Karras et al. 2022, algorithm 1: 2 steps - 1 model calls (the last step is Euler's)."""
-    points = grid(schedule, steps, spacing, integer=False, positive_alpha=True)
+def heun(
+    schedule: Schedule, steps: int, *, clip: float | None = None, spacing: Spacing = None, final: str = "zero"
+) -> Table:
+    """Karras et al. 2022, algorithm 1: 2 steps - 1 model calls (the last step, to zero noise, is Euler's)."""
+    points = grid(schedule, steps, spacing, final=final, integer=False, positive_alpha=True)
     rows = [r for s, t in pairwise(points) for r in heun_step(schedule, s, t, clip)]
     return Table(rows, init_scale(schedule, points[0].ratio, spacing), name="heun")
 

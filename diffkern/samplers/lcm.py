@@ -23,6 +23,8 @@ def lcm(
 
     original_steps: of the distillation, whose timesteps k, 2k, ... (k = T / original_steps) the steps are taken from.
     Raises ValueError for more steps than those, or more of those than the schedule has."""
+    if schedule.path != "vp":
+        raise ValueError(f"lcm is for a variance-preserving schedule, not for path {schedule.path!r}")
     if not 1 <= steps <= original_steps <= len(schedule):
         raise ValueError(
             f"lcm needs 1 <= steps <= original_steps <= {len(schedule)}, not {steps} steps of {original_steps}"

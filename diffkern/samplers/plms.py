@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
-from diffkern.samplers.grid import Point, Spacing, grid, row
+from diffkern.samplers.grid import Point, Spacing, grid, initial_scale, row
 from diffkern.samplers.table import BASE, H0, H1, H2, M, Table, Weights, X
-from diffkern.schedules import Schedule
+from diffkern.schedules import Schedule, one_of
 
 
-def plms(schedule: Schedule, steps: int, *, spacing: Spacing = None, final: str = "sigma_min") -> Table:
-    """DDIM steps (Liu et al. 2022, eq. 11) of an Adams-Bashforth average of the model's last outputs (eq. 12).
+def plms(
+    schedule: Schedule,
+    steps: int,
+    *,
+    average: str | None = None,
+    spacing: Spacing = None,
+    final: str = "sigma_min",
+) -> Table:
+    """DDIM steps (Liu et al. 2022, eq. 11) with an Adams-Bashforth average of the last predictions (eq. 12).
 
-    steps + 1 model calls: the first step is corrected by a second call at its end. The average is of outputs, whatever
-    they predict, so x_0 is never made and there is no clip. final: as diffusers, the schedule's smallest noise level
-    unless "zero". Raises ValueError for fewer than 2 steps."""
+    steps + 1 model calls: the first step is corrected by a second call at its end. average: of "epsilon", as in the
+    paper, or of the model's "output": the default for flow prediction, where it is the slope itself; diffusers does so
+    whatever is predicted, which for v is of first order only. x_0 is not made, so there is no clip. final: as
+    diffusers, the schedule's smallest noise level unless "zero".
+    Raises ValueError for fewer than 2 steps, and for an average of epsilon from alpha = 0."""
+    if average is None:
+        average = "output" if schedule.prediction == "flow" else "epsilon"
+    one_of("average", average, ("epsilon", "output"))
     if steps < 2:
         raise ValueError(f"plms needs at least 2 steps, not {steps}")
     points = grid(schedule, steps, spacing, final=final)
+    if average == "epsilon" and points[0].alpha == 0:
+        raise ValueError("plms cannot average epsilon on a schedule of zero terminal SNR: take average='output'")
 
-    def transfer(s: Point, t: Point, x: Weights, output: Weights) -> Weights:
-        """The DDIM step from x at s to t, given the model's output."""
-        a, b = schedule.x0_weights(s.alpha, s.sigma)
-        c, d = schedule.epsilon_weights(s.alpha, s.sigma)
-        return t.alpha * (a * x + b * output) + t.sigma * (c * x + d * output)
+    def newest(p: Point) -> Weights:
+        """The prediction that a call at p adds to the average."""
+        a, b = schedule.epsilon_weights(p.alpha, p.sigma)
+        return M if average == "output" else a * X + b * M
+
+    def transfer(s: Point, t: Point, x: Weights, mean: Weights) -> Weights:
+        """The DDIM step from x at s to t, with the averaged prediction."""
+        if average == "epsilon":
+            return t.alpha * (x - s.sigma * mean) / s.alpha + t.sigma * mean
+        (a, b), (c, d) = schedule.x0_weights(s.alpha, s.sigma), schedule.epsilon_weights(s.alpha, s.sigma)
+        return t.alpha * (a * x + b * mean) + t.sigma * (c * x + d * mean)
 
     first, second = points[:2]
     rows = [
-        row(schedule, first, transfer(first, second, X, M), clip=None, push=M, base=X),
-        # The first step again, by the trapezoidal rule. Its output is not kept: pushing H0 again keeps the history.
-        row(schedule, second, transfer(first, second, BASE, (M + H0) / 2), clip=None, push=H0),
+        row(schedule, first, transfer(first, second, X, newest(first)), clip=math.inf, push=newest(first), base=X),
+        # The first step again, by the trapezoidal rule. Its prediction is not kept: pushing H0 keeps the history.
+        row(schedule, second, transfer(first, second, BASE, (newest(second) + H0) / 2), clip=math.inf, push=H0),
     ]
     for i, (s, t) in enumerate(pairwise(points[1:])):
-        rows.append(row(schedule, s, transfer(s, t, X, _adams_bashforth(i)), clip=None, push=M))
-    return Table(rows, name="plms")
+        mean = _adams_bashforth(i, newest(s))
+        rows.append(row(schedule, s, transfer(s, t, X, mean), clip=math.inf, push=newest(s)))
+    return Table(rows, initial_scale(schedule, first), name="plms")
 
 
-def _adams_bashforth(i: int) -> Weights:
-    """Order 2, 3, then 4, over the newest output and the history."""
+def _adams_bashforth(i: int, newest: Weights) -> Weights:
+    """Order 2, 3, then 4, over the newest prediction and the history."""
     match i:
         case 0:
-            return (3 * M - H0) / 2
+            return (3 * newest - H0) / 2
         case 1:
-            return (23 * M - 16 * H0 + 5 * H1) / 12
-    return (55 * M - 59 * H0 + 37 * H1 - 9 * H2) / 24
+            return (23 * newest - 16 * H0 + 5 * H1) / 12
+    return (55 * newest - 59 * H0 + 37 * H1 - 9 * H2) / 24

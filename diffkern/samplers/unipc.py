@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from diffkern.samplers.grid import Point, Spacing, grid, row
+from diffkern.samplers.grid import Point, Spacing, grid, initial_scale, row
 from diffkern.samplers.table import BASE, H0, H1, H2, X0, Table, Weights, X
 from diffkern.schedules import Schedule, one_of
 
@@ -48,7 +48,7 @@ def unipc(
             last_order = 1  # there x_0 itself is the answer, and the higher orders divide by h = infinity
         ahead = _update(s, t, x, [X0, H0, H1], past[: last_order - 1], solver_type)
         rows.append(row(schedule, s, ahead, clip=clip, push=X0, base=x))
-    return Table(rows, name="unipc")
+    return Table(rows, initial_scale(schedule, points[0]), name="unipc")
 
 
 def _update(
