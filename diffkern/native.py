@@ -1,8 +1,8 @@
 """Finds, else builds, and loads the native libraries. Nothing happens before the first use of one.
 
 A library is taken from the wheel if it was built ahead of time, else from the cache, else it is built into the cache:
-`$DIFFKERN_CACHE`, or `$XDG_CACHE_HOME/diffkern`, or `~/.cache/diffkern`, or a private folder in the temporary directory.
-A cached library is named for everything that it depends on (sources, torch, compiler, flags) and is loaded only if its
+`$DIFFKERN_CACHE`, or `$XDG_CACHE_HOME/diffkern`, or `~/.cache/diffkern`, or a folder in the temporary directory. What
+is in the cache is named for everything that it depends on (sources, torch, compiler, flags) and is loaded only if its
 recorded sha256 is right. DIFFKERN_NO_BUILD=1 forbids building.
 
 Only the standard library is imported at the top: setup.py runs this file by its path, to build ahead of time.
@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 LIBRARIES = ("cpu", "cuda")
@@ -40,7 +39,9 @@ _LEVEL_FLAGS = {
     "x86-64-v3": "-march=x86-64-v3",
     "x86-64-v2": "-march=x86-64-v2",
     "x86-64": "-march=x86-64",
+    "native": "-mcpu=native",  # not x86
 }
+AHEAD_OF_TIME_LEVELS = ("x86-64-v3", "x86-64-v4")
 # The flags of /proc/cpuinfo that a level adds to the one below it (System V psABI, section 3.1.1).
 _LEVEL_FEATURES = {
     "x86-64-v2": "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",
@@ -72,23 +73,25 @@ def why_not(library: str) -> str | None:
 def _load(library: str) -> str | None:
     if library != "cpu":
         return f"the {library} library is not built yet in this release"
+    if os.name != "posix":
+        return f"the {library} library is not built on {platform.system()}"
     import torch
 
     try:
         path = _ahead_of_time() or _cached_or_built()
         torch.ops.load_library(str(path))
-    except (BuildError, OSError) as error:
+    except (OSError, RuntimeError) as error:  # torch raises either for a library that does not load
         return f"the {library} library: {error}"
     return None
 
 
-def levels() -> list[str]:
-    """The instruction-set levels that this CPU runs, best first."""
+def levels(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """The instruction-set levels that this CPU runs, best first. What cannot be read counts as missing."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["native"]
     try:
-        text = Path("/proc/cpuinfo").read_text()
-        have = set(next(line for line in text.splitlines() if line.startswith("flags")).split())
+        lines = cpuinfo.read_text().splitlines()
+        have = set(next(line for line in lines if line.startswith("flags")).split())
     except (OSError, StopIteration):
         have = set()
     found = ["x86-64"]
@@ -121,7 +124,7 @@ def source_hash() -> str:
     return _hash(*(part for f in _source_files() for part in (f.name, f.read_bytes())))
 
 
-# ---------------------------------------------------------------------------------------------- a library and its record
+# --------------------------------------------------------------------------------------------- a library and its record
 
 
 def _record_of(library: Path) -> Path:
@@ -153,7 +156,7 @@ def _ahead_of_time() -> Path | None:
     return next((path for path in found if _intact(path)), None)
 
 
-# ------------------------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------------------------------------ the cache
 
 
 def cache_folders() -> list[Path]:
@@ -165,32 +168,34 @@ def cache_folders() -> list[Path]:
     return [Path(chosen), Path(tempfile.gettempdir()) / f"diffkern-{os.getuid()}"]
 
 
-def _make_private(folder: Path) -> None:
-    """Make a folder that others cannot write to: a library found in it will be run."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} belongs to another user or others can write to it")
+def _check_private(folder: Path) -> None:
+    """Raise PermissionError if another user could put a library here, for us to run."""
+    status = folder.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o002:
+        raise PermissionError(f"{folder} belongs to another user or everybody can write to it")
 
 
 def _cached_or_built() -> Path:
     import torch
+    from filelock import FileLock
 
-    flags = " ".join((_FLAGS, _LEVEL_FLAGS.get(levels()[0], "-mcpu=native")))
+    flags = level_flags(levels()[0])
     compiler = find_compiler()
     key = _hash(source_hash(), torch.__version__, _identity(compiler), flags)[:20]
     names = [folder / f"cpu-{key}" / "diffkern_cpu.so" for folder in cache_folders()]
     for library in names:
         with contextlib.suppress(OSError):
-            if library.exists() and _trusted(library.parent.parent) and _intact(library):
+            _check_private(library.parent.parent)
+            if _intact(library):
                 return library
     if os.environ.get("DIFFKERN_NO_BUILD", "0") not in ("", "0"):
         raise BuildError("it is not built, and DIFFKERN_NO_BUILD forbids building it")
     unwritable = []
     for library in names:
         try:
-            _make_private(library.parent.parent)
-            with _locked(library.parent.with_suffix(".lock")):
+            library.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_private(library.parent.parent)
+            with FileLock(library.parent.with_suffix(".lock")):
                 if not _intact(library):  # else another process built it while this one waited
                     _build_into(library, compiler, flags)
             return library
@@ -199,34 +204,21 @@ def _cached_or_built() -> Path:
     raise BuildError("it is not built and no cache can be written: " + "; ".join(unwritable))
 
 
-def _trusted(folder: Path) -> bool:
-    status = folder.stat()
-    return status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    with FileLock(path):
-        yield
-
-
 def _build_into(library: Path, compiler: str, flags: str) -> None:
     """Build beside the final place and move there in one step, so that no process ever sees half a library."""
+    place = library.parent
     print(f"diffkern: building the cpu library, once (about {_SECONDS} s) ...", file=sys.stderr, flush=True)
     start = time.monotonic()
-    place = library.parent
     with tempfile.TemporaryDirectory(dir=place.parent, prefix="building-") as work:
         made = Path(work, place.name)
         made.mkdir()
         build(made / library.name, compiler, flags, log=place.with_suffix(".log"))
         shutil.rmtree(place, ignore_errors=True)  # a broken one
         made.rename(place)
-    print(f"diffkern: built in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"diffkern: built in {time.monotonic() - start:.0f} s: {library}", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- the build
+# ------------------------------------------------------------------------------------------------------------ the build
 
 
 def find_compiler() -> str:
@@ -234,7 +226,7 @@ def find_compiler() -> str:
     named = os.environ.get("CXX")
     found = shutil.which(named) if named else next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if found is None:
-        raise BuildError(f"the compiler CXX={named} is not there" if named else "there is no C++ compiler (g++, clang++)")
+        raise BuildError(f"there is no compiler CXX={named}" if named else "there is no C++ compiler (g++, clang++)")
     return found
 
 
@@ -263,7 +255,7 @@ def build(library: Path, compiler: str, flags: str, log: Path) -> None:
     lines = [
         f"compile = {compiler} {flags} -isystem {_escape(root / 'include')}",
         "rule compile",
-        "  command = $compile -MMD -MF $out.d -c $in -o $out",
+        "  command = $compile -c $in -o $out",
         "rule link",
         f"  command = {compiler} -shared -o $out $in -L{_escape(root / 'lib')} -ltorch_cpu",
         *rules,

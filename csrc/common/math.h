@@ -47,11 +47,11 @@ inline SinCos fast_sincos_turns(float t) {
 // e^x; zero below 2^-126.5, infinite above 2^127.5, and NaN for NaN. Fit: 2.0e-9.
 inline float fast_exp(float x) {
   constexpr float kLog2e = 0x1.715476p0f, kLog2eRest = 0x1.4ae0cp-26f;
-  constexpr float kToInteger = 0x1.8p23f;
+  constexpr float kToExponent = 0x1.8p23f + 127.0f;  // leaves n + 127, the exponent of 2^n, in the low bits of the sum
   x = x > 88.8f ? 88.8f : x;  // comparisons that are false for NaN leave it there
   x = x < -88.1f ? -88.1f : x;
-  const float shifted = x * kLog2e + kToInteger;
-  const float f = (x * kLog2e - (shifted - kToInteger)) + x * kLog2eRest;
+  const float shifted = x * kLog2e + kToExponent;
+  const float f = (x * kLog2e - (shifted - kToExponent)) + x * kLog2eRest;
   float p = 0.000153533617864f;
   p = p * f + 0.00133988743782f;
   p = p * f + 0.00961843735844f;
@@ -59,8 +59,8 @@ inline float fast_exp(float x) {
   p = p * f + 0.240226479136f;
   p = p * f + 0.693147202855f;
   p = p * f + 1.0f;
-  // The power is built, not added to p's exponent: -127 then is the pattern of zero and 128 that of infinity.
-  return p * std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);
+  // The power is built, not added to p's exponent: n = -127 then is the pattern of zero and 128 that of infinity.
+  return p * std::bit_cast<float>(std::bit_cast<int32_t>(shifted) << 23);
 }
 
 // x / (1 + e^-x)
