@@ -1,4 +1,4 @@
-"""What the kernels share: the noise counter, tiles over a sample in either layout, and moments that never cancel.
+"""What the kernels share: the noise counter, and tiles over a sample in either layout.
 
 FAST picks the GPU's approximate log2, sine and cosine: 28 instructions a normal where the exact ones take 129. The
 integers are the same; the normals differ by at most about 1e-5. The interpreter has no such instructions.
@@ -68,8 +68,9 @@ def tile_of(x: torch.Tensor, size: int, by_counter: bool = True) -> dict[str, An
     if x.is_contiguous() or not by_counter:
         return {"CHANNELS": 0, "COLUMNS": 1, "ROWS": size, "QUADS": True}
     columns = min(triton.next_power_of_2(x.shape[1]), 64)
-    pixels = x.shape[2] * x.shape[3]
-    return {"CHANNELS": x.shape[1], "COLUMNS": columns, "ROWS": size // columns, "QUADS": pixels % 4 == 0}
+    quads = x.shape[2] * x.shape[3] % NORMALS.value == 0
+    rows = size // columns // (1 if quads else NORMALS.value)  # one counter an element, then: four times the work
+    return {"CHANNELS": x.shape[1], "COLUMNS": columns, "ROWS": rows, "QUADS": quads}
 
 
 def chunks_of(n: int, CHANNELS: int, COLUMNS: int, ROWS: int, QUADS: bool) -> int:
@@ -117,11 +118,3 @@ def tile_normals(
             second = element % NORMALS >= 2
             cosine, sine = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), FAST)
             return tl.where(element % 2 == 1, sine, cosine)
-
-
-@triton.jit
-def merge_moments(n, mean, m2, n_new, mean_new, m2_new):
-    """(count, mean, sum of squared deviations) of two sets together (Chan, Golub, LeVeque 1979); n + n_new > 0."""
-    share = n_new / (n + n_new)
-    delta = mean_new - mean
-    return n + n_new, mean + delta * share, m2 + m2_new + delta * delta * n * share

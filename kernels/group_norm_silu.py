@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import merge_moments, on_device
+from .common import on_device
 
 _TILE = 4096  # elements of a tile of the two-pass kernels
 _ONE_PASS = {1024: 4, 4096: 4, 16384: 16}  # elements that one program keeps in registers, with how many warps
@@ -57,13 +57,11 @@ def _to_channels(per_group, member):
 
 
 @triton.jit
-def _tile_moments(x, inside, n):
-    """Per channel of a tile [pixels, channels] with n pixels inside: the mean and the sum of squared deviations."""
-    mean = tl.sum(x, axis=0) / n
-    deviation = tl.where(inside, x - mean[None, :], 0.0)
-    # The mean as summed is off by its rounding: what the deviations still add up to mends both moments.
-    rest = tl.sum(deviation, axis=0) / n
-    return mean + rest, tl.sum(deviation * deviation, axis=0) - rest * rest * n
+def _shifted_moments(n, shift, d, d2):
+    """Mean and sum of squared deviations per channel, from the deviations from `shift` of n pixels [pixels, channels].
+    With the shift the mean of a share s of them, rounding grows by 1 + 1 / s at most, whatever the data."""
+    rest = tl.sum(d, axis=0) / n
+    return shift + rest, tl.sum(d2, axis=0) - rest * rest * n
 
 
 @triton.jit
@@ -104,7 +102,9 @@ def _one_pass(
     inside = (p < pixels)[:, None] & c_mask[None, :]
     x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
     n = tl.cast(pixels, tl.float32)
-    mean, m2 = _tile_moments(x, inside, n)
+    shift = tl.sum(x, axis=0) / n
+    d = tl.where(inside, x - shift[None, :], 0.0)
+    mean, m2 = _shifted_moments(n, shift, d, d * d)
     width, mean, m2 = _group_moments(n, mean, m2, member)
     y = _normalise(x, mean, m2, width * n, eps, weight, bias, c, c_mask, member, AFFINE, SILU)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
@@ -123,18 +123,21 @@ def _moments(
     p = tl.arange(0, PIXELS)
     x_ptr += sample * channels * pixels + first.to(tl.int64) * channel_stride
     offset = tl.arange(0, CHANNELS)[None, :] * channel_stride + p[:, None] * pixel_stride
-    count = 0.0
-    mean = tl.zeros([CHANNELS], tl.float32)
-    m2 = tl.zeros([CHANNELS], tl.float32)
-    for t in range(TILES):
-        left = pixels - start - t * PIXELS
-        if left > 0:
-            inside = (p < left)[:, None] & c_mask[None, :]
-            x = tl.load(x_ptr + (start + t * PIXELS) * pixel_stride + offset, inside, other=0.0).to(tl.float32)
-            n = tl.minimum(left, PIXELS).to(tl.float32)
-            tile_mean, tile_m2 = _tile_moments(x, inside, n)
-            count, mean, m2 = merge_moments(count, mean, m2, n, tile_mean, tile_m2)
-    _, group_mean, group_m2 = _group_moments(count, mean, m2, member)
+    left = pixels - start
+    inside = (p < left)[:, None] & c_mask[None, :]
+    x = tl.load(x_ptr + start * pixel_stride + offset, inside, other=0.0).to(tl.float32)
+    shift = tl.sum(x, axis=0) / tl.minimum(left, PIXELS).to(tl.float32)
+    d = tl.where(inside, x - shift[None, :], 0.0)
+    d2 = d * d
+    for t in range(1, TILES):
+        inside = (p < left - t * PIXELS)[:, None] & c_mask[None, :]
+        x = tl.load(x_ptr + (start + t * PIXELS) * pixel_stride + offset, inside, other=0.0).to(tl.float32)
+        more = tl.where(inside, x - shift[None, :], 0.0)
+        d += more
+        d2 += more * more
+    n = tl.minimum(left, PIXELS * TILES).to(tl.float32)
+    mean, m2 = _shifted_moments(n, shift, d, d2)
+    _, group_mean, group_m2 = _group_moments(n, mean, m2, member)
     g = tl.arange(0, group_mean.shape[0])
     chunks = tl.num_programs(1)
     entry = (sample * groups + group + g) * (PARTS * chunks) + part * chunks + tl.program_id(1)
@@ -222,6 +225,8 @@ def group_norm_silu(
         slabs = triton.cdiv(num_groups, cut.GROUPS) * cut.PARTS
         most = max(1, _CHUNKS // cut.PARTS)
         tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(pixels, cut.PIXELS), most))
+        if cut.GROUPS > 1 and pixels > 64 * cut.PIXELS:
+            tiles = max(tiles, 2)  # folding many groups is worth it for a longer chunk only
         chunks = triton.cdiv(pixels, cut.PIXELS * tiles)
         entries = max(16, triton.next_power_of_2(cut.PARTS * chunks))
         partial = x.new_empty(2, batch, num_groups, cut.PARTS * chunks, dtype=torch.float32)

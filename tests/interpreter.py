@@ -39,6 +39,12 @@ def _cast(handle: TensorHandle, dtype: tl.dtype) -> TensorHandle:
 
 def install() -> None:
     """Patch the interpreter of this process."""
+    _install_casts()
+    _install_lint()
+    _install_single_patching()
+
+
+def _install_casts() -> None:
     builder: Any = InterpreterBuilder
     plain_cast = builder.cast_impl
 
@@ -48,6 +54,16 @@ def install() -> None:
 
     builder.cast_impl = cast
     builder.create_fp_to_fp = cast
+    plain_dot = builder.create_dot
+
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return plain_dot(self, *(_cast(h, tl.float32) if _raw(h) else h for h in (a, b)), *rest)
+
+    builder.create_dot = dot
+
+
+def _install_lint() -> None:
+    builder: Any = InterpreterBuilder
 
     def guarded(name: str, plain: Any) -> Any:
         def run(self: Any, *args: Any) -> Any:
@@ -61,12 +77,6 @@ def install() -> None:
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_fabs"):
         setattr(builder, name, guarded(name, getattr(builder, name)))
 
-    plain_dot = builder.create_dot
-
-    def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        return plain_dot(self, *(_cast(h, tl.float32) if _raw(h) else h for h in (a, b)), *rest)
-
-    builder.create_dot = dot
     plain_check = ReduceScanOpInterface.check_tensor
 
     def check(self: Any, inputs: Any) -> None:
@@ -75,3 +85,25 @@ def install() -> None:
         plain_check(self, inputs)
 
     ReduceScanOpInterface.check_tensor = check
+
+
+def _install_single_patching() -> None:
+    """Every call of a device function patches the whole language again, which is most of the time that a small kernel
+    takes: once a launch is enough."""
+    patched: set[tuple[bool, bool]] = set()
+    plain_patch, plain_run = interpreter._patch_lang, interpreter.InterpretedFunction.run
+
+    def patch(fn: Any) -> Any:
+        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        key = (tl in modules, tl.core in modules)
+        if key in patched:
+            return interpreter._LangPatchScope()
+        patched.add(key)
+        return plain_patch(fn)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return plain_run(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch
+    interpreter.InterpretedFunction.run = run  # type: ignore[method-assign]

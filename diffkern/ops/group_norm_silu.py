@@ -80,8 +80,12 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("a sequence", (2, 12, 31), 4, "contiguous")
     # The mean is 200 times the spread: E[x^2] - E[x]^2 in float32 would lose every digit here.
     yield sample("far from zero", (2, 16, 16, 16), 4, "channels_last", shift=200.0)
+    for layout in ("contiguous", "channels_last"):  # too large for one pass over registers
+        yield sample(f"a large group, {layout}", (1, 18, 45, 41), 2, layout)
+        yield sample(f"a wide group, {layout}", (1, 264, 9, 11), 1, layout)
     for layout in ("contiguous", "channels_last"):
         yield sample(f"CIFAR UNet 16x16, {layout}", (8, 256, 16, 16), 32, layout, workload=True)
+        yield sample(f"SD 1.5 UNet 16x16, {layout}", (2, 1280, 16, 16), 32, layout, workload=True)
         yield sample(f"SD 1.5 UNet 64x64, {layout}", (2, 320, 64, 64), 32, layout, workload=True)
         yield sample(f"SD 1.5 VAE 256x256, {layout}", (1, 256, 256, 256), 32, layout, workload=True)
 

@@ -1,0 +1,148 @@
+"""Compiles Triton kernels for GPUs that are not here, just as their launchers ask for them, and reads the machine code.
+
+    python tests/compile_kernels.py ARCH...     prints a JSON list, one entry per kernel, variant and architecture
+
+It runs in a process of its own: Triton decides at import whether kernels are interpreted or compiled.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from diffkern.layout import dense
+from diffkern.op import OPS
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_jobs: list[tuple[str, Launch, int]] = []
+
+
+class Launch(NamedTuple):
+    """A kernel as a launcher asked for it: what Triton compiles, as repr so that equal ones are found."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+    def source(self) -> ASTSource:
+        return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+
+
+def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """What Triton's launch would specialise on: None, 1 and constexpr values, and divisibility by 16."""
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    launch = Launch(kernel, {}, {}, {}, options)
+    for i, param in enumerate(kernel.params):
+        value = values[param.name]
+        launch.signature[param.name] = "constexpr"
+        if param.name == "FAST":
+            launch.constexprs["FAST"] = True  # the tensors that stand in here are on the CPU
+        elif param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
+            launch.constexprs[param.name] = value
+        elif isinstance(value, Tensor):
+            launch.signature[param.name] = _POINTERS[value.dtype]
+            launch.attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            launch.signature[param.name] = "fp32"
+        else:
+            launch.signature[param.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                launch.attrs[(i,)] = [["tt.divisibility", 16]]
+    return launch
+
+
+def launches(name: str) -> dict[str, Launch]:
+    """The launches of an op that differ in structure: its workloads in float16 and float32, then what its small samples
+    (odd sizes, missing inputs, other layouts) add to them."""
+    found: dict[str, Launch] = {}
+    seen: set[str] = set()
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = describe(kernel, args, kwargs)
+        flags = {k: v if isinstance(v, bool | None) else v > 1 for k, v in launch.constexprs.items()}
+        structure = f"{kernel.__name__} {flags} {launch.options}"
+        key = f"{structure} {launch.signature}" if workload else structure
+        if key not in seen:
+            found[f"{kernel.__name__}, {label}"] = launch
+        seen.update((key, structure))
+
+    JITFunction.run = record
+    run = next(b.run for b in OPS[name].backends if b.name == "triton")
+    for workload, dtypes in ((True, (torch.float16, torch.float32)), (False, (torch.bfloat16,))):
+        for dtype in dtypes:
+            for sample in OPS[name].make_samples("cpu", dtype):  # type: ignore[misc]
+                label = f"{sample.name}, {str(dtype)[6:]}"
+                if sample.workload == workload:
+                    with FakeTensorMode():
+                        run(*dense(sample.args()))
+    return found
+
+
+def compile_job(job: int) -> dict[str, Any]:
+    """Compile for one architecture (80, 90, 100) and read the machine code."""
+    label, launch, arch = _jobs[job]
+    built = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(built.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        listing = _tool("nvdisasm", "-c", cubin.name)
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", listing)
+    while code and code[-1] in ("NOP", "BRA"):  # padding behind the end
+        code.pop()
+    return {
+        "kernel": launch.kernel.__name__,
+        "label": f"{label}, sm_{arch}",
+        "workload": not label.endswith("bfloat16"),
+        "constexprs": launch.constexprs,
+        "threads": 32 * built.metadata.num_warps,
+        "shared": built.metadata.shared,
+        "scratch": built.metadata.global_scratch_size,
+        **{name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)},
+        "instructions": len(code),
+        "wide_loads": sum(op.startswith("LDG.E.128") for op in code),
+        "wide_stores": sum(op.startswith("STG.E.128") for op in code),
+        "spills": [op for op in code if op.startswith(("LDL", "STL"))],
+        "doubles": [op for op in code if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]
+        + re.findall(r"\w+\.f64\S*", built.asm["ptx"]),
+    }
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+def main(archs: list[int]) -> None:
+    # The first architecture gets every launch, the others one of each kernel.
+    for name in OPS:
+        others: dict[str, str] = {}
+        for label, launch in launches(name).items():
+            first = others.setdefault(launch.kernel.__name__, label) == label
+            _jobs.extend((label, launch, arch) for arch in archs if arch == archs[0] or first)
+    # Forked, because a kernel does not pickle.
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        print(json.dumps(list(pool.map(compile_job, range(len(_jobs))))))
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])
