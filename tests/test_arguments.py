@@ -1,0 +1,54 @@
+"""A wrong argument gets one sentence that names the op, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffkern import native, noise_keys, use_backend
+from diffkern.op import OPS
+from diffkern.testing import make
+
+X = make((2, 4, 6, 6), "cpu", torch.float32)
+TABLE = make((5, 32), "cpu", torch.float32)
+KEYS, ROW, SCHEDULE = noise_keys(0, 2), torch.tensor([0, 3]), torch.rand(10, 2)
+STEP = (X, X, TABLE, ROW, KEYS, None, None, None, None, None)
+
+
+def step(**other) -> tuple:
+    return tuple(other.get(name, a) for name, a in zip(OPS["sampler_step"].signature.parameters, STEP, strict=True))
+
+
+WRONG = [
+    ("randn", (KEYS[:, :1], [4], 0, torch.float32, 0), r"keys must be contiguous int64 \[2, 2\], got \[2, 1\]"),
+    ("randn", (KEYS.int(), [4], 0, torch.float32, 0), r"keys must be contiguous int64 \[2, 2\]"),
+    ("randn", (KEYS, [4, -1], 0, torch.float32, 0), "shape has the size -1"),
+    ("randn", (KEYS, [4], 0, torch.float32, -4), "offset is -4, allowed are 0 and above"),
+    ("add_noise", (X, torch.tensor([0, 10]), SCHEDULE, KEYS, 0, False), r"timestep\[1\] is 10, allowed are 0 to 9"),
+    ("add_noise", (X, torch.tensor([-1, 0]), SCHEDULE, KEYS, 0, False), r"timestep\[0\] is -1, allowed are 0 to 9"),
+    ("add_noise", (X, torch.tensor([0]), SCHEDULE, KEYS, 0, False), r"timestep must be contiguous int64 \[2\]"),
+    ("add_noise", (X, ROW, torch.rand(10), KEYS, 0, False), r"alpha_sigma must be \[T, 2\], got \[10\]"),
+    ("reparameterize", (X, X, noise_keys(0, 3), 0), r"keys must be contiguous int64 \[2, 2\], got \[3, 2\]"),
+    ("sampler_step", step(row=torch.tensor([0, 4])), r"row\[1\] is 4, allowed are 0 to 3"),
+    ("sampler_step", step(table=TABLE[:, :31].contiguous()), r"table must be \[R \+ 1, 32\].*got \[5, 31\]"),
+    ("sampler_step", step(guidance=torch.ones(2)), r"model_output must have batch 4 .* got \[2, 4, 6, 6\]"),
+    ("sampler_step", step(model_output=torch.cat([X, X])), r"model_output must have batch 2 .* got \[4, 4, 6, 6\]"),
+    (
+        "sampler_step",
+        step(guidance=torch.ones(1), model_output=torch.cat([X, X])),
+        r"guidance must be \[2\], got \[1\]",
+    ),
+    ("sampler_step", step(h0=X[:, :3].contiguous()), r"h0 must have batch 2 and otherwise the shape .*\[2, 3, 6, 6\]"),
+    ("sampler_step", step(base=X.half()), "base has the wrong dtype"),
+    ("group_norm_silu", (X, 3, None, None, 1e-5, True), "num_groups is 3, allowed are the divisors of the 4 channels"),
+    ("group_norm_silu", (X, 0, None, None, 1e-5, True), "num_groups is 0"),
+    ("group_norm_silu", (X, 2, torch.ones(3), torch.ones(3), 1e-5, True), r"weight must be \[4\], got \[3\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "sentence"), WRONG)
+def test_cpu_refuses_with_a_sentence(name, args, sentence):
+    if (reason := native.why_not("cpu")) is not None:
+        pytest.skip(reason)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=f"^diffkern::{name}: .*{sentence}"):
+        OPS[name].overload(*args)
