@@ -229,7 +229,7 @@ def group_norm_silu(
             tiles = max(tiles, 2)  # folding many groups is worth it for a longer chunk only
         chunks = triton.cdiv(pixels, cut.PIXELS * tiles)
         entries = max(16, triton.next_power_of_2(cut.PARTS * chunks))
-        partial = x.new_empty(2, batch, num_groups, cut.PARTS * chunks, dtype=torch.float32)
+        partial = torch.empty(2, batch, num_groups, cut.PARTS * chunks, device=x.device, dtype=torch.float32)
         launch, half = (batch * slabs, chunks), partial[0].numel()
         place = (pixels, channels, *strides, slabs, num_groups, half)
         shape = {**cut._asdict(), "TILES": tiles}

@@ -1,0 +1,306 @@
+"""What the Triton kernels keep beside their values: the noise's integers, a sample's independence, their bounds."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffkern.layout import is_dense
+from diffkern.op import OPS, Sample, availability, use_backend
+from diffkern.ops.randn import Draw, noise_keys, normal, philox
+from diffkern.testing import check, make, tensors
+
+if (reason := availability("triton")) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+import triton
+import triton.language as tl
+from diffkern.kernels import common
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks inside Triton's interpreter")
+
+
+def run(name: str, *args: object) -> tuple[Tensor, ...]:
+    with use_backend("triton"):
+        return tensors(OPS[name](*args))
+
+
+def small(name: str, dtype: torch.dtype) -> list[Sample]:
+    samples = OPS[name].make_samples
+    assert samples is not None
+    return [s for s in samples(DEVICE, dtype) if not s.workload]
+
+
+# The noise counter
+
+
+@triton.jit
+def _words(out, keys, draw, first, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    words = common.philox_words(keys, tl.program_id(0).to(tl.int64), draw, (first + i).to(tl.uint32))
+    for lane in tl.static_range(4):
+        tl.store(out + (tl.program_id(0) * 4 + lane) * SIZE + i, words[lane].to(tl.int64))
+
+
+def test_the_integers_are_the_references_bit_for_bit():
+    ids = [0, 17, (1 << 32) - 1, 1 << 32, (1 << 63) - 1, -1]
+    keys = torch.cat([noise_keys(seed, ids) for seed in (0, 1, (1 << 32) + 5, (1 << 64) - 1)]).to(DEVICE)
+    for draw, first in ((0, 0), (int(Draw.PROBE) + 7, (1 << 32) - 3), (0xFFFFFFFF, 12345)):
+        got = torch.empty(len(keys), 4, 8, dtype=torch.int64, device=DEVICE)
+        _words[(len(keys),)](got, keys, draw, first, SIZE=8)
+        word = 0xFFFFFFFF
+        seed, sample = keys[:, :1], keys[:, 1:]
+        block = torch.arange(first, first + 8, device=DEVICE)[None] & word
+        key = (seed & word, (seed >> 32) & word)
+        expected = philox(key, (block, torch.full_like(seed, draw), sample & word, (sample >> 32) & word))
+        assert torch.equal(got, torch.stack(torch.broadcast_tensors(*expected), dim=1))
+
+
+@triton.jit
+def _normals(out, words, FAST: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    a, b = common.box_muller(tl.load(words + i).to(tl.uint32), tl.load(words + SIZE + i).to(tl.uint32), FAST)
+    tl.store(out + i, a)
+    tl.store(out + SIZE + i, b)
+
+
+def _box_muller(words: Tensor, fast: bool) -> tuple[Tensor, Tensor]:
+    got = torch.empty(words.shape, device=DEVICE)
+    _normals[(1,)](got, words, FAST=fast, SIZE=words.shape[1])
+    u, v = (w.to(torch.float32) * 2**-32 + 2**-33 for w in words)
+    radius, angle = torch.sqrt(-2 * torch.log(u.double())), (v - 0.5).double() * (2 * math.pi)
+    return got, torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)])
+
+
+def _hard_words() -> Tensor:
+    """Words that make the radius 0, the largest, and everything near the change from logarithm to series."""
+    top = 1 << 32
+    edges = [0, 1, 2, top - 1, top - 2, top - 129, top // 2, top - top // 32, top - top // 32 - 200, top - top // 31]
+    words = torch.tensor(edges + [top - int(1.3**k) - 1 for k in range(84)], dtype=torch.int64)
+    spread = (torch.arange(1024) * 2654435761) % top
+    return torch.stack([torch.cat([words, spread])[:1024], spread.flip(0)]).to(DEVICE)
+
+
+def test_normals_stay_finite_and_near_float64_at_the_edges():
+    got, expected = _box_muller(_hard_words(), fast=False)
+    assert got.isfinite().all()
+    assert (got - expected).abs().max() < 2e-6
+
+
+@interpreted
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+def test_fast_normals_differ_by_less_than_the_stated_bound(monkeypatch, sign):
+    # The worst that the GPU's manual allows its approximate instructions, each at its bound in the same direction.
+    worst = SimpleNamespace(
+        fast_log2f=lambda u: tl.log2(u) + sign * 2.0**-22,
+        fast_cosf=lambda t: tl.cos(t) + sign * 2.0**-20.5,
+        fast_sinf=lambda t: tl.sin(t) + sign * 2.0**-20.5,
+    )
+    monkeypatch.setattr(common, "libdevice", worst)
+    got, expected = _box_muller(_hard_words(), fast=True)
+    assert (got - expected).abs().max() < (1e-5 if sign else 2e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_fast_normals_on_the_gpu():
+    got, expected = _box_muller(_hard_words(), fast=True)
+    assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 6), (2, 5, 3, 7), (2, 70, 2, 2), (1, 3, 30, 30)])
+def test_noise_does_not_depend_on_the_layout(shape):
+    keys = noise_keys(3, [5, 1 << 40][: shape[0]], DEVICE)
+    zeros = torch.zeros(shape, device=DEVICE)
+    flat = run("reparameterize", zeros, zeros, keys, 9)[0]
+    nhwc = zeros.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(flat, run("reparameterize", nhwc, nhwc, keys, 9)[0])
+    assert torch.equal(flat, run("randn", keys, list(shape[1:]), 9, torch.float32, 0)[0])
+    assert (flat - normal(keys, shape[1:], 9, torch.float32)).abs().max() < 1e-5
+
+
+def test_an_offset_continues_the_stream():
+    keys = noise_keys(1, 2, DEVICE)
+    whole = run("randn", keys, [5000], 0, torch.float32, 0)[0]
+    for offset in (1, 2, 3, 4, 2047, 4999):
+        assert torch.equal(run("randn", keys, [5000 - offset], 0, torch.float32, offset)[0], whole[:, offset:])
+
+
+# One sample alone and in a batch
+
+
+def _alone(name: str, args: tuple[object, ...], i: int) -> list[object]:
+    """The call for sample i only. Tables and parameters are shared; a guided model output has two entries a sample."""
+    batch = next(len(a) for a in args if isinstance(a, Tensor))
+    shared = {"add_noise": (2,), "group_norm_silu": (2, 3), "sampler_step": (2,)}.get(name, ())
+
+    def pick(j: int, a: object) -> object:
+        if not isinstance(a, Tensor) or j in shared:
+            return a
+        layout = torch.contiguous_format if a.is_contiguous() or a.dim() != 4 else torch.channels_last
+        picked = a[[i]] if len(a) == batch else a[[i, batch + i]]
+        return picked.contiguous(memory_format=layout) if is_dense(a) else picked
+
+    return [pick(j, a) for j, a in enumerate(args)]
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_a_sample_alone_equals_itself_in_a_batch(name):
+    for sample in small(name, torch.float16):
+        args = sample.args()
+        batch = next(len(a) for a in args if isinstance(a, Tensor))
+        if batch < 2 or sample.name == "no pixel":
+            continue
+        together = run(name, *args)
+        i = batch - 1
+        for whole, part in zip(together, run(name, *_alone(name, args, i)), strict=True):
+            if whole.numel():
+                expected = whole[[i]] if len(part) == 1 else whole[[i, batch + i]]
+                assert torch.equal(part, expected), f"{sample.name}: differs from sample {i} of the batch"
+
+
+def test_a_batch_may_mix_layouts():
+    shape = (2, 3, 6, 6)
+    args = list(next(s for s in small("sampler_step", torch.float32) if "square" in s.name).args())
+    for i, like in ((0, "contiguous"), (1, "channels_last"), (6, "strided"), (7, "channels_last"), (8, "contiguous")):
+        args[i] = make((4, *shape[1:]) if i == 1 else shape, DEVICE, torch.float32, like, seed=i)
+    args[9] = make(shape, DEVICE, torch.float32, "channels_last", seed=9)
+    args[3], args[4], args[5] = args[3][:2], args[4][:2], args[5][:2]
+    check(OPS["sampler_step"], "triton", tuple(args))
+    args[0] = args[0].contiguous(memory_format=torch.channels_last)
+    check(OPS["sampler_step"], "triton", tuple(args))
+
+
+# Nothing outside its bounds
+
+
+def test_a_row_outside_the_table_is_clamped():
+    x0 = make((3, 40), DEVICE, torch.float32)
+    table = torch.linspace(0.1, 0.9, 12, device=DEVICE).reshape(6, 2)
+    keys = noise_keys(0, 3, DEVICE)
+    wild = torch.tensor([-1, 6, 1 << 40], device=DEVICE)
+    tame = torch.tensor([0, 5, 5], device=DEVICE)
+    assert torch.equal(*(run("add_noise", x0, t, table, keys, 0, False)[0] for t in (wild, tame)))
+    args = next(s for s in small("sampler_step", torch.float32) if s.name == "bare").args()
+    rows = (wild, torch.tensor([0, 4, 4], device=DEVICE))  # the table's sixth row only ends it
+    for a, b in zip(*(run("sampler_step", *args[:3], row, *args[4:]) for row in rows), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_nan_passes_through_the_clip():
+    sample = next(s for s in small("sampler_step", torch.float32) if s.name == "bare")
+    args = list(sample.args())
+    args[1] = args[1].clone()
+    args[1][0, 0, 0, 0] = torch.nan
+    assert run("sampler_step", *args)[0].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_no_kernel_touches_memory_around_its_tensors(name, monkeypatch):
+    """Every tensor lies between NaNs: one read into the result or overwritten is seen."""
+    guard, guarded = 4096, []
+    plain_empty = torch.empty
+
+    def empty_like(a: Tensor) -> Tensor:
+        buffer = plain_empty(a.numel() + 2 * guard, dtype=a.dtype, device=a.device)
+        buffer.view(torch.uint8).fill_(0xFF)  # NaN in every float, -1 in integers
+        guarded.append((buffer, a.numel()))
+        return buffer.as_strided(a.shape, a.stride(), guard)
+
+    def empty(*shape: int, **kwargs: Any) -> Tensor:
+        return empty_like(plain_empty(*shape, **kwargs))
+
+    def inside_guards(a: object) -> object:
+        return empty_like(a).copy_(a) if isinstance(a, Tensor) and a.numel() and is_dense(a) else a
+
+    for sample in small(name, torch.float32):
+        args = sample.args()
+        expected = run(name, *args)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", empty_like)
+            patch.setattr(torch, "empty", empty)
+            got = run(name, *(inside_guards(a) for a in args))
+        for g, e in zip(got, expected, strict=True):
+            assert torch.equal(g, e), f"{sample.name}: read outside its tensors"
+    for buffer, n in guarded:
+        edges = torch.cat([buffer[:guard], buffer[guard + n :]]).view(torch.uint8)
+        assert (edges == 0xFF).all(), f"wrote outside a tensor of {n} elements"
+
+
+# Sizes that take special paths
+
+
+@interpreted
+def test_a_batch_larger_than_a_grid_axis(monkeypatch):
+    keys = noise_keys(2, 7, DEVICE)
+    expected = run("randn", keys, [9], 0, torch.float32, 0)[0]
+    monkeypatch.setattr(common, "_GRID_LIMIT", tl.constexpr(3))
+    assert common.grid(7, 1) == (1, 3, 3)
+    assert torch.equal(run("randn", keys, [9], 0, torch.float32, 0)[0], expected)
+
+
+@interpreted
+def test_elements_beyond_two_to_the_31(monkeypatch):
+    """Only the pages that are touched exist: run the last programs of a tensor of more than 2^31 elements."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    module = importlib.import_module("diffkern.kernels.add_noise")
+    n = (1 << 31) + 4096 + 8
+    x0 = torch.empty(1, n, dtype=torch.float16)
+    x0[:, -4096:] = 0.5
+    made: list[Tensor] = []
+
+    def empty_like(a: Tensor) -> Tensor:
+        made.append(torch.empty(a.shape, dtype=a.dtype))
+        return made[-1]
+
+    chunks = triton.cdiv(n, 2048)
+    plain_id = InterpreterBuilder.create_get_program_id
+
+    def program_id(self: InterpreterBuilder, axis: int):
+        handle = plain_id(self, axis)
+        handle.data = handle.data + (chunks - 2 if axis == 0 else 0)
+        return handle
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(module, "grid", lambda batch, chunks: (2, 1, 1))
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
+    keys, table = noise_keys(4, 1), torch.tensor([[0.6, 0.8]])
+    x_t, _ = module.add_noise(x0, torch.zeros(1, dtype=torch.int64), table, keys, 0, False)
+    tail = n % 2048 + 2048
+    noise = normal(keys, [tail], 0, torch.float32, offset=n - tail)
+    assert torch.equal(x_t[:, -tail:], (0.6 * x0[:, -tail:].float() + 0.8 * noise).half())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "groups"), [((2, 12, 9, 17), 4), ((1, 40, 6, 6), 2), ((2, 5, 40, 1), 5)])
+def test_group_norm_over_many_chunks(monkeypatch, layout, shape, groups):
+    """Small limits bring the paths of large tensors to small ones: several tiles a chunk, chunks, slabs and parts."""
+    module = importlib.import_module("diffkern.kernels.group_norm_silu")
+    monkeypatch.setattr(module, "_ONE_PASS", {})
+    monkeypatch.setattr(module, "_TILE", 128)
+    x = make(shape, DEVICE, torch.float32, layout) + 50.0
+    x.flatten()[0] = 1e3  # an outlier where the shift of the moments is taken
+    weight, bias = (make(shape[1:2], DEVICE, torch.float32, seed=s) for s in (1, 2))
+    for chunks in (256, 2):
+        monkeypatch.setattr(module, "_CHUNKS", chunks)
+        check(OPS["group_norm_silu"], "triton", (x, groups, weight, bias, 1e-5, True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_group_norm_cuts_every_shape_completely(channels_last):
+    module = importlib.import_module("diffkern.kernels.group_norm_silu")
+    for per_group in (1, 3, 8, 10, 40, 127, 130, 2560):
+        for groups in (1, 2, 32):
+            for pixels in (1, 49, 1024, 1 << 20):
+                cut = module._cut(per_group, pixels, per_group * groups, channels_last)
+                assert cut.GROUPS == 1 or cut.PARTS == 1
+                assert cut.GROUPS * per_group <= cut.CHANNELS or per_group <= cut.PARTS * cut.CHANNELS
+                assert cut.CHANNELS * cut.PIXELS <= module._TILE or cut.PIXELS == 1
+                assert cut.CHANNELS & (cut.CHANNELS - 1) == 0 == cut.PIXELS & (cut.PIXELS - 1)
