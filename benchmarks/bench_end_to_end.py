@@ -94,7 +94,7 @@ def main() -> None:
         if not delta[name] <= 1e-2:
             raise SystemExit(f"{name} draws other pictures (max |delta| {delta[name]:.3g}): nothing was timed")
 
-    seconds = record.interleave(variants, args.rounds, warmup=0)
+    seconds = record.interleave(variants, args.rounds)
     results = {
         name: {
             "ms per step": record.spread([1000 * s / args.steps for s in seconds[name]]),
@@ -104,7 +104,9 @@ def main() -> None:
         }
         for name in variants
     }
-    path = record.write("end_to_end", {"network": "emoji-32", "n": args.n, "guidance": args.guidance, **results})
+    path = record.write(
+        "end_to_end", "cpu", {"network": "emoji-32", "n": args.n, "guidance": args.guidance, "variants": results}
+    )
     for name, r in results.items():
         print(f"{name:<12}{r['ms per step']}  diffkern is faster by {r['diffkern is faster by']['median']:.2f}")
     print(path)

@@ -18,24 +18,34 @@ from diffkern import doctor
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each variant in each round. Every round runs all of them in turn, so that a machine that slows down
-    slows them all."""
-    for run in variants.values():
-        for _ in range(warmup):
-            run()
+def interleave(
+    variants: Mapping[str, Callable[[], object]], rounds: int, at_least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds a call of each variant in each round. Every round runs all of them in turn, so that a machine that slows
+    down slows them all. at_least: repeat a call until a measurement takes about so many seconds. The caller has run
+    each variant once already, to check it."""
+    repeats = dict.fromkeys(variants, 1)
+    if at_least:
+        for name, run in variants.items():
+            once = min(_seconds(run, 1) for _ in range(3))
+            repeats[name] = max(1, int(at_least / max(once, 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            synchronise()
-            start = time.perf_counter()
-            run()
-            synchronise()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_seconds(run, repeats[name]))
     return seconds
 
 
-def synchronise() -> None:
+def _seconds(run: Callable[[], object], repeat: int) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        run()
+    _synchronise()
+    return (time.perf_counter() - start) / repeat
+
+
+def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -64,16 +74,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def folder_name() -> str:
+def folder_name(device: str) -> str:
     """The results folder of this kind of machine."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else doctor.cpu_name()
-    kind = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return kind if torch.cuda.is_available() else f"{kind}-{torch.get_num_threads()}-threads"
+    name = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{doctor.cpu_name()} {torch.get_num_threads()} threads"
+    )
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(name: str, results: Any) -> Path:
+def write(name: str, device: str, results: Any) -> Path:
     """Write results/<machine>/<name>.json. Returns its path."""
-    path = RESULTS / folder_name() / f"{name}.json"
+    path = RESULTS / folder_name(device) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
     return path
