@@ -1,8 +1,6 @@
-"""Noto Color Emoji as a small labelled picture set: 32x32 RGB, the Unicode groups as labels.
+"""Noto Color Emoji as a small set of labelled pictures: 32x32 RGB, the groups of Unicode's list as labels.
 
-The pictures come from two files of the Debian packages ``fonts-noto-color-emoji`` and
-``unicode-data``; nothing is downloaded.
-"""
+Made from a file each of the Debian packages fonts-noto-color-emoji and unicode-data; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
+from torch import Tensor
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 
-# The groups of emoji-test.txt in its own order; "Component" (bare skin tones, hair) is not a picture.
+# In the order of the list. Its last group, "Component", is skin tones and hair, no pictures.
 LABELS = (
     "Smileys & Emotion",
     "People & Body",
@@ -29,107 +28,102 @@ LABELS = (
     "Symbols",
     "Flags",
 )
-NULL_LABEL = len(LABELS)  # "no label", for classifier-free guidance
+NULL_LABEL = len(LABELS)  # stands for any label: what classifier-free guidance needs
 
-STRIKE = 109  # the only bitmap size in the font
+STRIKE = 109  # the one size that the font has bitmaps in
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 
 
 class DataError(Exception):
-    """The pictures cannot be made; the message says why in one sentence."""
+    """Something given cannot be used. The message is one sentence that says what and why."""
 
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """``images`` are (N, 3, size, size) in [-1, 1]; ``names`` are the CLDR short names."""
+    """images: float32 [n, 3, size, size] on [-1, 1]. labels: int64 [n]. held_out: bool [n]."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    names: tuple[str, ...]
-    held_out: torch.Tensor
+    images: Tensor
+    labels: Tensor
+    held_out: Tensor
 
-    def split(self, held_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        keep = self.held_out if held_out else ~self.held_out
-        return self.images[keep], self.labels[keep]
+    def take(self, which: Tensor) -> EmojiSet:
+        return EmojiSet(self.images[which], self.labels[which], self.held_out[which])
+
+    def split(self) -> tuple[EmojiSet, EmojiSet]:
+        """What to train with, and what is held out."""
+        return self.take(~self.held_out), self.take(self.held_out)
+
+    def thin(self, n: int) -> EmojiSet:
+        """n pictures from all over the set."""
+        return self.take(torch.linspace(0, len(self.images) - 1, n).long())
 
 
-def read_list(path: Path) -> list[tuple[str, int, str]]:
-    """(characters, label, name) of each fully qualified emoji without a skin tone."""
-    if not path.is_file():
-        raise DataError(f"no emoji list at {path} (Debian package unicode-data)")
-    found: list[tuple[str, int, str]] = []
+def read_list(path: Path) -> list[tuple[str, int]]:
+    """Characters and label of each fully qualified emoji without a skin tone."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError):
+        raise DataError(f"cannot read {path}: it should be Unicode's emoji-test.txt (Debian: unicode-data)") from None
+    found: list[tuple[str, int]] = []
     label: int | None = None
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ").strip()
             label = LABELS.index(group) if group in LABELS else None
-            continue
-        if label is None or "; fully-qualified" not in line:
-            continue
-        points = [int(p, 16) for p in line.split(";")[0].split()]
-        if any(p in SKIN_TONES for p in points):
-            continue
-        # "... # <emoji> E1.0 grinning face"
-        name = line.split("#", 1)[1].split(maxsplit=2)[2]
-        found.append(("".join(map(chr, points)), label, name))
+        elif label is not None and "; fully-qualified" in line:
+            points = [int(p, 16) for p in line.split(";")[0].split()]
+            if not any(p in SKIN_TONES for p in points):
+                found.append(("".join(map(chr, points)), label))
     if not found:
-        raise DataError(f"{path} lists no emoji")
+        raise DataError(f"{path} lists no emoji: it should be Unicode's emoji-test.txt (Debian: unicode-data)")
     return found
 
 
-def render(text: str, font: ImageFont.FreeTypeFont, advance: float) -> Image.Image | None:
-    """One emoji at the strike size on a white square, or None if the font has no single glyph for it."""
-    # A sequence the font does not join comes out as several glyphs side by side: wider than one.
-    if round(font.getlength(text)) != round(advance):
+def open_font(path: Path) -> ImageFont.FreeTypeFont:
+    if not features.check("raqm"):
+        raise DataError("this Pillow was built without raqm, which joins the parts of a sequence into one glyph")
+    try:
+        return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+    except OSError as e:
+        raise DataError(f"cannot use {path}: {e}; it should be Noto Color Emoji with bitmaps") from None
+
+
+def render(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
+    """An emoji on a white square, in the font's own size; None if the font has no one glyph for it."""
+    side = round(font.getlength("\N{GRINNING FACE}"))
+    # What the font does not join comes out as glyphs side by side, wider than one.
+    if round(font.getlength(text)) != side:
         return None
-    side = round(advance)
-    canvas = Image.new("RGB", (side, side), "white")
     left, top, right, bottom = font.getbbox(text)
     if right <= left or bottom <= top:
         return None
-    # Centre the glyph's box: all strikes are 136x128, so this never crops.
-    x, y = (side - (right - left)) / 2 - left, (side - (bottom - top)) / 2 - top
-    ImageDraw.Draw(canvas).text((x, y), text, font=font, embedded_color=True)
+    canvas = Image.new("RGB", (side, side), "white")
+    place = ((side - right - left) / 2, (side - bottom - top) / 2)  # centred; no glyph is larger than the square
+    ImageDraw.Draw(canvas).text(place, text, font=font, embedded_color=True)
     return canvas
 
 
 def is_held_out(text: str) -> bool:
-    """A fixed tenth, chosen by the code points alone, so that a newer list does not move old members."""
-    return hashlib.sha256(text.encode("utf-8")).digest()[0] * 10 // 256 == 0
+    """A fixed tenth, by the characters alone: a newer list adds to it and moves none."""
+    return hashlib.sha256(text.encode()).digest()[0] * 10 // 256 == 0
 
 
-def load(font_path: Path = FONT, list_path: Path = EMOJI_TEST, size: int = 32) -> EmojiSet:
-    """Render the whole set; takes a few seconds."""
-    if not features.check("raqm"):
-        raise DataError("this Pillow was built without raqm, which the joined emoji need")
+def load_emoji(font_path: Path = FONT, list_path: Path = EMOJI_TEST, size: int = 32) -> EmojiSet:
+    """Render the set, in some seconds. Raises DataError."""
     emoji = read_list(list_path)
-    if not font_path.is_file():
-        raise DataError(f"no font at {font_path} (Debian package fonts-noto-color-emoji)")
-    try:
-        font = ImageFont.truetype(str(font_path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
-    except OSError as error:
-        raise DataError(f"{font_path} has no bitmaps of size {STRIKE}: {error}") from error
-    advance = font.getlength("\N{GRINNING FACE}")
-
+    font = open_font(font_path)
     seen: set[bytes] = set()
-    arrays: list[np.ndarray] = []
-    labels: list[int] = []
-    names: list[str] = []
-    held_out: list[bool] = []
-    blank = Image.new("RGB", (round(advance), round(advance)), "white").tobytes()
-    for text, label, name in emoji:
-        picture = render(text, font, advance)
-        if picture is None or picture.tobytes() == blank:
+    arrays, labels, held_out = [], [], []
+    for text, label in emoji:
+        picture = render(text, font)
+        # Some sequences are drawn like another: that picture is kept once.
+        if picture is None or (pixels := picture.tobytes()) in seen or picture.getcolors(1) is not None:
             continue
-        if picture.tobytes() in seen:  # e.g. a gendered sequence drawn like its base
-            continue
-        seen.add(picture.tobytes())
-        small = picture.resize((size, size), Image.Resampling.BOX if size == STRIKE else Image.Resampling.LANCZOS)
-        arrays.append(np.asarray(small))
+        seen.add(pixels)
+        arrays.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
         labels.append(label)
-        names.append(name)
         held_out.append(is_held_out(text))
     if not arrays:
-        raise DataError(f"{font_path} draws none of the emoji in {list_path}")
+        raise DataError(f"{font_path} has no picture of any emoji in {list_path}")
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-    return EmojiSet(images, torch.tensor(labels), tuple(names), torch.tensor(held_out))
+    return EmojiSet(images, torch.tensor(labels), torch.tensor(held_out))
