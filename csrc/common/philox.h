@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon et al. 2011), for the CPU and for CUDA: four random words from a 64-bit key and a 128-bit counter.
+// Philox4x32-10 (Salmon et al. 2011), for the CPU and for CUDA: four random words from a 64-bit key and a 128-bit
+// counter.
 #pragma once
 
 #include <cstdint>

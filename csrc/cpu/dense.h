@@ -97,7 +97,7 @@ void for_each_run(const Dense& d, StreamOf stream, Body body) {
   const int64_t width = std::min(d.channels, kMaxChannels), across = (d.channels + width - 1) / width;
   const int64_t height = kRun / width / 4 * 4, down = (d.pixels + height - 1) / height;
   const int64_t tiles = across * down;
-  torch::stable::parallel_for(0, d.batch * tiles, std::max<int64_t>(1, kSerial / kRun), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, d.batch * tiles, kSerial / kRun, [&](int64_t begin, int64_t end) {
     alignas(64) float room[normals_room(kRun / 4 + 1)], tile[kRun];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / tiles, pixel = i % tiles / across * height, channel = i % across * width;

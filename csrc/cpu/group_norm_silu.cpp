@@ -141,7 +141,7 @@ struct Rows {
         height(std::max<int64_t>(1, kPixelChunk / width)) {}
 };
 
-// sum[j] += f(value, j) for every value of column j; the last row may be short. Four rows at a time save traffic to sum.
+// sum[j] += f(value, j) for every value of column j; the last row may be short. Four rows at a time save traffic.
 template <class F>
 void sum_columns(const float* x, int64_t size, int64_t width, float* sum, F f) {
   std::fill_n(sum, width, 0.0f);

@@ -53,7 +53,8 @@ inline Lanes multiply_low(Lanes a, uint32_t b) {
 struct State {
   Lanes c0, c1, c2, c3;
 
-  State(Lanes block, const Stream& s) : c0(block), c1(Lanes{} + s.draw), c2(Lanes{} + s.sample0), c3(Lanes{} + s.sample1) {}
+  State(Lanes block, const Stream& s)
+      : c0(block), c1(Lanes{} + s.draw), c2(Lanes{} + s.sample0), c3(Lanes{} + s.sample1) {}
 
   void round(uint32_t key0, uint32_t key1) {
     const Lanes p0 = multiply_low(c0, philox::kMultiplier0), p1 = multiply_low(c2, philox::kMultiplier1);
