@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import inspect
 import os
@@ -74,11 +75,13 @@ class Backend:
         """The reason that this backend cannot run on `args`, or None when it can."""
         if self.name == "reference":
             return None
+        # The device first: it rules out most backends, and asking for it costs next to nothing.
+        allowed = self._devices()
+        for a in args:
+            if isinstance(a, Tensor) and a.device.type not in allowed:
+                return f"runs on {' or '.join(self.devices)} tensors, not on {a.device.type}"
         if (unavailable := availability(self.name)) is not None:
             return unavailable
-        devices = {a.device.type for a in args if isinstance(a, Tensor)}
-        if not devices <= set(self._devices()):
-            return f"runs on {' or '.join(self.devices)} tensors, not on {' and '.join(sorted(devices))}"
         answer = True if self.supports is None else self.supports(*args)
         return None if answer is True else (answer or "does not support these arguments")
 
@@ -99,6 +102,7 @@ class Op:
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__
+        self.fallback = Backend("reference", self.reference)
         self.__doc__ = self.reference.__doc__
         self.signature = inspect.signature(self.reference)
         # Defaults are filled in by __call__: the dispatcher would drop trailing arguments that equal theirs.
@@ -183,15 +187,21 @@ def op(reference: Callable[..., Any]) -> Op:
     return OPS[name]
 
 
+@functools.cache
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    """Whether Triton kernels run in its interpreter, on CPU tensors: decided once, as Triton does when imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def availability(backend: str) -> str | None:
     """None when the backend can run on this machine at all, else the reason why not."""
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _triton_installed():
             return "triton is not installed (pip install 'diffkern[triton]')"
         if not triton_interpreted() and not torch.cuda.is_available():
             return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
