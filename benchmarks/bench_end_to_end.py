@@ -47,7 +47,7 @@ def diffusers_loop(folder: str, n: int, steps: int, guidance: float, compiled: b
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         config, timestep_spacing="trailing", final_sigmas_type="zero"
     )
-    forward = torch.compile(model, mode="max-autotune-no-cudagraphs") if compiled else model
+    forward = torch.compile(model) if compiled else model
     null = model.config.num_class_embeds - 1
     labels = torch.tensor([null] * n + [i % null for i in range(n)])
     noise = diffkern.randn(diffkern.noise_keys(0, n), [3, 32, 32])
