@@ -1,7 +1,7 @@
 """Train the 32x32 emoji model that comes with diffkern, `diffkern/assets/emoji-32`, on a CPU in about two hours.
 
     python examples/train_emoji.py runs/emoji --export my-emoji
-    diffkern sample my-emoji --label food
+    diffkern sample --model my-emoji --label food
 
 A run can be stopped at any time: the same command goes on from its last checkpoint. The learning rate is constant until
 the last part of --steps (--decay); up to there a run can be made shorter or longer by giving other --steps."""
