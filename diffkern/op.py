@@ -73,10 +73,10 @@ class Backend:
 
     def why_not(self, args: tuple[Any, ...]) -> str | None:
         """The reason that this backend cannot run on `args`, or None when it can."""
-        if self.name == "reference":
+        if not self.devices:  # the reference runs everywhere
             return None
         # The device first: it rules out most backends, and asking for it costs next to nothing.
-        allowed = self._devices()
+        allowed = (*self.devices, "cpu") if self.is_interpreted() else self.devices
         for a in args:
             if isinstance(a, Tensor) and a.device.type not in allowed:
                 return f"runs on {' or '.join(self.devices)} tensors, not on {a.device.type}"
@@ -85,9 +85,10 @@ class Backend:
         answer = True if self.supports is None else self.supports(*args)
         return None if answer is True else (answer or "does not support these arguments")
 
-    def _devices(self) -> tuple[str, ...]:
-        # Triton's interpreter runs the GPU kernels on CPU tensors: how a machine without a GPU tests them.
-        return (*self.devices, "cpu") if self.name == "triton" and triton_interpreted() else self.devices
+    def is_interpreted(self) -> bool:
+        """Whether this is Triton in its interpreter, which runs the GPU kernels on CPU tensors: how a machine without
+        a GPU tests them, and nothing to choose for speed."""
+        return self.name == "triton" and triton_interpreted()
 
 
 @dataclass(eq=False)
@@ -157,14 +158,16 @@ class Op:
 
     def all_backends(self) -> list[Backend]:
         """The backends in order of preference. Interpreted Triton proves kernels, slowly: it comes last."""
-        backends = [*self.backends, Backend("reference", self.reference)]
-        return sorted(backends, key=lambda b: b.name == "triton" and triton_interpreted())
+        return sorted([*self.backends, self.fallback], key=Backend.is_interpreted)
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that a call with these arguments takes now. Raises BackendError if a forced one cannot."""
         forced = forced_backend()
         if forced is None:
-            return next(b for b in self.all_backends() if b.why_not(args) is None)
+            for b in self.backends:
+                if b.why_not(args) is None and not b.is_interpreted():
+                    return b
+            return self.fallback
         for b in self.all_backends():
             if b.name == forced:
                 if (reason := b.why_not(args)) is not None:
