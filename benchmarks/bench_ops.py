@@ -71,7 +71,7 @@ def rivals(op: Op, args: tuple[Any, ...], device: str, compiled: bool) -> dict[s
             if function is not None:
                 quick = torch.compile(function, fullgraph=True)
                 calls[f"{name}, compiled"] = lambda quick=quick: quick(*args)  # type: ignore[misc]
-    block = torch.ones(op.count_cost(*args).bytes // 2, dtype=torch.uint8, device=device)  # type: ignore[misc]
+    block = torch.ones(op.count_cost(*args).bytes // 2, dtype=torch.uint8, device=device)
     calls["copy"] = block.clone
     return calls
 
@@ -98,13 +98,13 @@ def main() -> None:
         (OPS[name], dtype, sample)
         for name in options.op or sorted(OPS)
         for dtype in options.dtype or ("float32", "bfloat16")
-        for sample in OPS[name].make_samples(options.device, getattr(torch, dtype))  # type: ignore[misc]
+        for sample in OPS[name].make_samples(options.device, getattr(torch, dtype))
         if sample.workload
     ]
     rows = []
     for op, dtype, sample in tqdm(work, disable=None):
         args = sample.args()
-        nbytes = op.count_cost(*args).bytes  # type: ignore[misc]
+        nbytes = op.count_cost(*args).bytes
         calls = rivals(op, args, options.device, not options.no_compile)
         for call in calls.values():
             call()  # compiles, and fills caches

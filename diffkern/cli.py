@@ -135,7 +135,7 @@ def _backends(diffusion: Diffusion, table: Table, device: torch.device) -> str:
     native library if need be, so that its time is not counted as sampling."""
     taken = {}
     for name in USED:
-        call = next(s for s in OPS[name].make_samples(device.type, diffusion.model.conv_in.weight.dtype))  # type: ignore[misc]
+        call = next(s for s in OPS[name].make_samples(device.type, diffusion.model.conv_in.weight.dtype))
         taken[name] = OPS[name].choose(call.args()).name
     if len(set(taken.values())) == 1:
         return next(iter(taken.values()))

@@ -91,6 +91,14 @@ class Backend:
         return self.name == "triton" and triton_interpreted()
 
 
+def _no_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    return iter(())
+
+
+def _no_cost(*args: Any) -> Cost:
+    raise NotImplementedError("this op has no cost yet")
+
+
 @dataclass(eq=False)
 class Op:
     """An op: callable, with its backends in order of preference. Made by `@op`, kept in `OPS`."""
@@ -98,8 +106,8 @@ class Op:
     reference: Callable[..., Any]
     backends: list[Backend] = field(default_factory=list)
     grad: type[torch.autograd.Function] | None = None
-    make_samples: Callable[[str, torch.dtype], Iterator[Sample]] | None = None
-    count_cost: Callable[..., Cost] | None = None
+    make_samples: Callable[[str, torch.dtype], Iterator[Sample]] = _no_samples
+    count_cost: Callable[..., Cost] = _no_cost
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_without_labels_the_classes_are_numbers(tmp_path):
         loaded.label_id("4")
 
 
-WRONG = {
+WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
     "scheduler_config.json": [
         ({**SCHEDULER, "beta_schedule": "spiral"}, "scheduler_config.json: .*'spiral': choose one of"),
         ({**SCHEDULER, "num_train_timesteps": "many"}, r"scheduler_config\.json"),

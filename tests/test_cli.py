@@ -43,7 +43,7 @@ def test_a_grid_is_the_default(draw, capsys):
         assert said in out
     with Image.open("samples.png") as picture:
         assert picture.size == (3 * (8 * 12 + 2) + 2, 2 * (8 * 12 + 2) + 2)
-        assert len(picture.getcolors(1 << 20)) > 20
+        assert len(picture.getcolors(1 << 20) or []) > 20
     assert os.listdir() == ["samples.png"]
 
 

@@ -102,12 +102,12 @@ def test_unknown_names_name_what_there_is(monkeypatch):
 
 
 def test_explain_gives_a_reason_for_every_backend(double):
-    said = {c.backend: (c.chosen, c.reason) for c in diffkern.explain(double, torch.ones(2))}
+    said = {c.backend: c for c in diffkern.explain(double, torch.ones(2))}
     assert list(said) == ["cuda", "cpu", "reference"]
-    assert said["cpu"] == (True, "first that can run")
-    assert said["reference"] == (False, "can run, but 'cpu' comes first")
-    assert not said["cuda"][0]
-    assert said["cuda"][1]
+    assert said["cpu"] == ("cpu", True, "first that can run")
+    assert said["reference"] == ("reference", False, "can run, but 'cpu' comes first")
+    assert not said["cuda"].chosen
+    assert said["cuda"].reason
     said = {c.backend: c for c in diffkern.explain(double, torch.ones(2, dtype=torch.float64))}
     assert said["cpu"].reason == "takes float32"
     assert said["reference"].chosen
@@ -147,6 +147,7 @@ def test_without_a_gradient_training_runs_the_reference(double):
     x = torch.ones(2, requires_grad=True)
     assert ran(lambda: double(x)) == "reference"
     double(x, 7).sum().backward()
+    assert x.grad is not None
     assert torch.equal(x.grad, torch.full((2,), 7.0))
     with torch.no_grad():
         assert ran(lambda: double(x)) == "fast"

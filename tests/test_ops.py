@@ -55,8 +55,6 @@ def test_compiles_without_a_graph_break(op):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_op_is_complete(op):
-    assert op.make_samples is not None, "an op needs samples"
-    assert op.count_cost is not None, "an op needs a cost"
     assert "Returns" in (op.__doc__ or ""), "a docstring says what is returned"
     workloads = [s for s in op.make_samples("cpu", torch.float32) if s.workload]
     assert workloads, "an op needs a realistic workload to be timed on"

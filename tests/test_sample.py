@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from folders import write_tiny
@@ -45,7 +47,7 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(name):
 
 
 def test_a_network_gives_the_same_sample_in_any_batch(tiny):
-    options = {"seed": 1, "labels": [0, 1, 2, 0, 1], "guidance": 2.0}
+    options: dict[str, Any] = {"seed": 1, "labels": [0, 1, 2, 0, 1], "guidance": 2.0}
     together = diffkern.sample(tiny.model, table(), 5, **options)
     apart = diffkern.sample(tiny.model, table(), 5, **options, batch_size=2)
     assert (together - apart).abs().max() <= 1e-4
@@ -116,7 +118,7 @@ def test_labels_default_to_the_null_label(tiny):
 
 
 def test_trajectory_and_callback_see_every_step():
-    seen = []
+    seen: list[diffkern.Progress] = []
     out, path = diffkern.sample(
         pointwise, table(steps=4), 5, shape=SHAPE, seed=2, batch_size=2, trajectory=True, callback=seen.append
     )
@@ -172,7 +174,7 @@ def test_no_samples_is_an_empty_batch():
     assert diffkern.sample(pointwise, table(), 0, shape=SHAPE).shape == (0, *SHAPE)
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "n < 0": ({"n": -1}, "n must be at least 0, not -1"),
     "batch_size 0": ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
     "no shape": ({"shape": None}, "give the shape of one sample"),
@@ -188,5 +190,6 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments_get_a_sentence(name):
     changes, message = WRONG[name]
+    given: dict[str, Any] = {"n": 2, "shape": SHAPE, **changes}
     with pytest.raises(ValueError, match=message):
-        diffkern.sample(pointwise, table(), **{"n": 2, "shape": SHAPE, **changes})
+        diffkern.sample(pointwise, table(), **given)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from diffkern.models.unet import UNet2D
 
 diffusers = pytest.importorskip("diffusers")
 
-TINY = {
+TINY: dict[str, Any] = {
     "sample_size": 16,
     "block_out_channels": [16, 32],
     "layers_per_block": 1,
@@ -21,7 +24,7 @@ TINY = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "norm_num_groups": 8,
 }
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "class-conditional": {"num_class_embeds": 10},
     "two layers": {"layers_per_block": 2},
@@ -88,7 +91,7 @@ def test_gradients_equal_diffusers(tmp_path):
     ours(x, t).square().mean().backward()
     expected = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.fixture(name="saved")
@@ -123,7 +126,7 @@ def truncate(folder):
     (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
 
 
-WRONG = {
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a left-over weight": (
         lambda f: edit_weights(f, lambda s: s.update({"extra.weight": torch.ones(1)})),
         r"the weight 'extra\.weight', which",
