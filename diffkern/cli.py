@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     s.add_argument("--seed", type=int, default=0, help="picture i of a seed is always the same (default 0)")
     s.add_argument("--label", action="append", metavar="NAME",
                    help="what to draw; may be given again; default: every label in turn")  # fmt: skip
-    s.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance scale (default 2; 1: none)")
+    s.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale (default 3; 1: none)")
     s.add_argument("--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} (default float32)")
     s.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     s.add_argument("--backend", default="auto", metavar="NAME", help=f"auto, {', '.join(BACKENDS)}")

@@ -35,7 +35,7 @@ def test_a_grid_is_the_default(draw, capsys):
     assert draw() == 0
     out = capsys.readouterr().out
     for said in (
-        "5 pictures, dpmpp_2m, 3 steps, seed 0, guidance 2",
+        "5 pictures, dpmpp_2m, 3 steps, seed 0, guidance 3",
         "float32, backends: ",
         "ms a step",
         "samples.png",
