@@ -98,12 +98,19 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Newton-Schulz iteration with Jordan's quintic: the same singular vectors, singular values near 1."""
+    """Newton-Schulz iteration with Jordan's quintic: the same singular vectors, singular values near 1.
+
+    Each step multiplies x from the left by a polynomial of x @ x.T. The products of these are all that changes, so the
+    iteration runs on square matrices of the short side: a kernel's matrix is up to nine times as long as it is high."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    product = identity = torch.eye(len(x), dtype=x.dtype)
     for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        step = a * identity + b * gram + c * gram @ gram
+        product = step @ product
+        gram = step @ gram @ step
+    x = product @ x
     return x.T if tall else x

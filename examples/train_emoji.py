@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffkern import pictures
+from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D, UNet2DConfig
 from diffkern.ops.randn import noise_keys
 from diffkern.samplers import make_table
@@ -114,19 +116,34 @@ def lr_factor(step: int, args: argparse.Namespace) -> float:
     return min(1.0, (step + 1) / args.warmup, (args.steps - step) / max(1.0, args.decay * args.steps))
 
 
+def choose(draws: range, labels: Tensor, seed: int) -> Tensor:
+    """Which pictures the given draws take, out of all since the beginning: the labels in turn, so that a label with few
+    pictures is learnt as well as one with many, and each label's pictures shuffled anew when all were seen."""
+    groups = [np.flatnonzero(labels == label) for label in labels.unique()]
+
+    @functools.cache
+    def order(group: int, pass_: int) -> np.ndarray:
+        return np.random.default_rng((seed, group, pass_)).permutation(groups[group])
+
+    def one(draw: int) -> int:
+        turn, group = divmod(draw, len(groups))
+        pass_, place = divmod(turn, len(groups[group]))
+        return int(order(group, pass_)[place])
+
+    return torch.tensor([one(draw) for draw in draws])
+
+
 def make_batch(step: int, data: EmojiSet, schedule: Schedule, args: argparse.Namespace) -> tuple[Tensor, ...]:
     """Noisy pictures, timesteps, labels and the targets of a step."""
-    draws = range(step * args.batch, (step + 1) * args.batch)  # of pictures, since the beginning
-    count = len(data.images)
-    orders = {e: np.random.default_rng((args.seed, e)).permutation(count) for e in {i // count for i in draws}}
-    index = torch.tensor([int(orders[i // count][i % count]) for i in draws])
+    draws = range(step * args.batch, (step + 1) * args.batch)
+    index = choose(draws, data.labels, args.seed)
     x, labels = data.images[index], data.labels[index]
 
     g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     labels[torch.rand(args.batch, generator=g) < LABEL_DROPOUT] = NULL_LABEL
     # One timestep out of each of --batch equal ranges: the loss is less noisy than with free draws.
-    t = (torch.arange(args.batch) + torch.rand(args.batch, generator=g)) / args.batch * len(schedule)
-    t = t.long()
+    ranges = torch.randperm(args.batch, generator=g)  # in any order: the labels come in a fixed one
+    t = ((ranges + torch.rand(args.batch, generator=g)) / args.batch * len(schedule)).long()
     noisy, noise = schedule.add_noise(x, t, noise_keys(args.seed, draws), return_noise=True)
     return noisy, t, labels, schedule.target(x, noise, t)
 
@@ -180,7 +197,8 @@ def train(args: argparse.Namespace, data: EmojiSet) -> Run:
     compared = seen.thin(len(held_out.images))
     schedule = from_diffusers_config(SCHEDULER)
     torch.manual_seed(args.seed)
-    model = UNet2D(MODEL)
+    model = UNet2D(MODEL) if args.start is None else UNet2D.from_folder(args.start).train()
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     workers = Workers(model, args.workers)
     run = Run(model, ema, make_optimisers(model, workers, args.lr))
@@ -239,6 +257,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = _Parser(description="Train the emoji model; a run that was stopped goes on.")
     p.add_argument("folder", type=Path, help="of the run: checkpoint, log and pictures")
     p.add_argument("--export", type=Path, metavar="FOLDER", help="write the trained model there, for diffkern.load")
+    p.add_argument("--start", type=Path, metavar="FOLDER", help="begin with that model's weights, not with random ones")
     p.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf, with bitmaps")
     p.add_argument("--emoji-test", type=Path, default=EMOJI_TEST, help="Unicode's emoji-test.txt")
     p.add_argument("--steps", type=_at_least_one, default=2450, help="(default: %(default)s)")
@@ -264,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = train(args, data)
         if args.export is not None:
             export(run.ema, args.export)
-    except (DataError, OSError) as e:
+    except (DataError, ModelError, OSError) as e:
         # An OSError's own text begins with its number.
         print(f"train_emoji.py: {f'{e.filename}: {e.strerror}' if isinstance(e, OSError) else e}", file=sys.stderr)
         return 2
