@@ -30,6 +30,11 @@ def per_sample(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(-1, *(1,) * (x.dim() - 1))
 
 
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
+    """A per-sample, per-channel matrix [B, C], shaped to broadcast against x [B, C, ...]."""
+    return v.reshape(*v.shape, *(1,) * (x.dim() - 2))
+
+
 def dense(args: tuple[object, ...]) -> tuple[object, ...]:
     """What kernels are called with: every tensor dense, and in the layout of the first."""
     first = next((a for a in args if isinstance(a, Tensor)), None)

@@ -114,6 +114,8 @@ class Op:
         self.fallback = Backend("reference", self.reference)
         self.__doc__ = self.reference.__doc__
         self.signature = inspect.signature(self.reference)
+        self.defaults = tuple(p.default for p in self.signature.parameters.values())
+        self.positions = {name: i for i, name in enumerate(self.signature.parameters)}
         # Defaults are filled in by __call__: the dispatcher would drop trailing arguments that equal theirs.
         schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(self.reference, mutates_args=()))
         _LIBRARY.define(self.name + schema)
@@ -133,10 +135,19 @@ class Op:
         return f"<op {self.name}: {', '.join(b.name for b in self.all_backends())}>"
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """The full positional arguments of a call, defaults filled in."""
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.args
+        """The full positional arguments of a call, defaults filled in. Raises TypeError as a Python function does."""
+        given = len(args)
+        values = [*args, *self.defaults[given:]]
+        for name, value in kwargs.items():
+            at = self.positions.get(name, -1)
+            if at < given:
+                break
+            values[at] = value
+        else:
+            if len(values) == len(self.defaults) and inspect.Parameter.empty not in values[given:]:
+                return tuple(values)
+        self.signature.bind(*args, **kwargs)  # ten times slower, but it knows what to say
+        raise AssertionError("a call that Python would bind")
 
     def backend(
         self, name: str, *, devices: tuple[str, ...], supports: Callable[..., bool | str] | None = None

@@ -70,6 +70,7 @@ def poison(device: str) -> None:
 def check(op: Op, backend: str, args: tuple[Any, ...]) -> float:
     """Run one call on a forced backend and judge it. Returns the worst error as a share of what is allowed; raises
     AssertionError with the figures when it is above 1, or when shape, dtype or strides differ from the reference's."""
+    args = op.bind(*args)
     expected, plain = oracle(op, args), tensors(op.reference(*args))
     poison(next((a.device.type for a in args if isinstance(a, Tensor)), "cpu"))
     with use_backend(backend):

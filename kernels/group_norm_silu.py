@@ -1,4 +1,5 @@
-"""GroupNorm + SiLU for contiguous and channels_last tensors, any channel and group count.
+"""GroupNorm + SiLU for contiguous and channels_last tensors, any channel and group count, with a second input joined
+by its channels, an addition before the norm and a modulation after it.
 
 Tiles are [pixels, channels] whatever the layout, with the strides as run-time numbers. A group that fits into one tile
 is read once (`_one_pass`). Else `_moments` writes the mean and the squared deviations of every chunk, and `_apply`
@@ -47,6 +48,39 @@ def _slab(
 
 
 @triton.jit
+def _input(
+    x, skip, add, sample, first, start, c, p, c_mask, inside, own, channels, pixels, CHANNELS_LAST: tl.constexpr
+):  # fmt: skip
+    """float32 [pixels, channels]: the tile of cat(x, skip) + add from channel `first` and pixel `start` on, zero
+    outside. Only the tile's place is int64, the offsets inside it are int32."""
+    channel_stride = 1 if CHANNELS_LAST else pixels
+    pixel_stride = own if CHANNELS_LAST else 1
+    corner = sample * own * pixels + first.to(tl.int64) * channel_stride + start * pixel_stride
+    here = inside
+    if skip is not None:
+        here = inside & (first + c < own)[None, :]
+    u = tl.load(x + corner + (c[None, :] * channel_stride + p[:, None] * pixel_stride), here, other=0.0).to(tl.float32)
+    if skip is not None:
+        rest = channels - own
+        pixel_stride = rest if CHANNELS_LAST else 1
+        corner = sample * rest * pixels + (first - own).to(tl.int64) * channel_stride + start * pixel_stride
+        offset = c[None, :] * channel_stride + p[:, None] * pixel_stride
+        u += tl.load(skip + corner + offset, inside & (first + c >= own)[None, :], other=0.0).to(tl.float32)
+    if add is not None:
+        added = tl.load(add + sample * channels + first + c, c_mask, other=0.0).to(tl.float32)
+        u = tl.where(inside, u + added[None, :], 0.0)
+    return u
+
+
+@triton.jit
+def _output_offset(sample, first, start, c, p, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    channel_stride = 1 if CHANNELS_LAST else pixels
+    pixel_stride = channels if CHANNELS_LAST else 1
+    corner = sample * channels * pixels + first.to(tl.int64) * channel_stride + start * pixel_stride
+    return corner + (c[None, :] * channel_stride + p[:, None] * pixel_stride)
+
+
+@triton.jit
 def _to_groups(per_channel, member):
     return tl.sum(tl.where(member, per_channel[:, None], 0.0), axis=0)
 
@@ -74,14 +108,20 @@ def _group_moments(n, mean, m2, member):
 
 
 @triton.jit
-def _normalise(x, mean, m2, count, eps, weight, bias, c, c_mask, member, AFFINE: tl.constexpr, SILU: tl.constexpr):
-    scale = _to_channels(tl.rsqrt(m2 / count + tl.cast(eps, tl.float32)), member)
+def _normalise(x, mean, m2, count, eps, weight, bias, scale, shift, sample, first, c, c_mask, channels, member,
+               SILU: tl.constexpr):  # fmt: skip
+    gain = _to_channels(tl.rsqrt(m2 / count + tl.cast(eps, tl.float32)), member)
     centre = _to_channels(mean, member)
-    if AFFINE:
-        scale *= tl.load(weight + c, c_mask, other=0.0).to(tl.float32)
-    y = (x - centre[None, :]) * scale[None, :]
-    if AFFINE:
-        y += tl.load(bias + c, c_mask, other=0.0).to(tl.float32)[None, :]
+    offset = tl.zeros_like(gain)
+    if weight is not None:
+        gain *= tl.load(weight + first + c, c_mask, other=0.0).to(tl.float32)
+        offset = tl.load(bias + first + c, c_mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        at = sample * channels + first + c
+        factor = 1 + tl.load(scale + at, c_mask, other=0.0).to(tl.float32)
+        gain *= factor
+        offset = offset * factor + tl.load(shift + at, c_mask, other=0.0).to(tl.float32)
+    y = (x - centre[None, :]) * gain[None, :] + offset[None, :]
     if SILU:
         y = y / (1 + tl.exp(-y))
     return y
@@ -89,49 +129,50 @@ def _normalise(x, mean, m2, count, eps, weight, bias, c, c_mask, member, AFFINE:
 
 @triton.jit
 def _one_pass(
-    x_ptr, y_ptr, weight, bias, eps, pixels, channels, pixel_stride, channel_stride, slabs,
+    x_ptr, skip, add, y_ptr, weight, bias, scale, shift, eps, own, channels, pixels, slabs,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    AFFINE: tl.constexpr, SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    base = (program // slabs).to(tl.int64) * channels * pixels
+    sample = (program // slabs).to(tl.int64)
     _, _, first, c_mask, member = _slab(program % slabs, channels, PER_GROUP, GROUPS, PARTS, CHANNELS)
-    c = first + tl.arange(0, CHANNELS)
+    c = tl.arange(0, CHANNELS)
     p = tl.arange(0, PIXELS)
-    offset = base + c[None, :] * channel_stride + p[:, None] * pixel_stride
     inside = (p < pixels)[:, None] & c_mask[None, :]
-    x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
+    x = _input(x_ptr, skip, add, sample, first, 0, c, p, c_mask, inside, own, channels, pixels, CHANNELS_LAST)
     n = tl.cast(pixels, tl.float32)
-    shift = tl.sum(x, axis=0) / n
-    d = tl.where(inside, x - shift[None, :], 0.0)
-    mean, m2 = _shifted_moments(n, shift, d, d * d)
+    shift_by = tl.sum(x, axis=0) / n
+    d = tl.where(inside, x - shift_by[None, :], 0.0)
+    mean, m2 = _shifted_moments(n, shift_by, d, d * d)
     width, mean, m2 = _group_moments(n, mean, m2, member)
-    y = _normalise(x, mean, m2, width * n, eps, weight, bias, c, c_mask, member, AFFINE, SILU)
+    y = _normalise(x, mean, m2, width * n, eps, weight, bias, scale, shift, sample, first, c, c_mask, channels, member,
+                   SILU)  # fmt: skip
+    offset = _output_offset(sample, first, 0, c, p, channels, pixels, CHANNELS_LAST)
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
 def _moments(
-    x_ptr, partial, pixels, channels, pixel_stride, channel_stride, slabs, groups, half,
+    x_ptr, skip, add, partial, own, channels, pixels, slabs, groups, half,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """partial: [2, B, groups, PARTS * chunks]: the means, then from `half` on the sums of squared deviations."""
     sample = (tl.program_id(0) // slabs).to(tl.int64)
     group, part, first, c_mask, member = _slab(tl.program_id(0) % slabs, channels, PER_GROUP, GROUPS, PARTS, CHANNELS)
     start = tl.program_id(1).to(tl.int64) * (PIXELS * TILES)
+    c = tl.arange(0, CHANNELS)
     p = tl.arange(0, PIXELS)
-    x_ptr += sample * channels * pixels + first.to(tl.int64) * channel_stride
-    offset = tl.arange(0, CHANNELS)[None, :] * channel_stride + p[:, None] * pixel_stride
     left = pixels - start
     inside = (p < left)[:, None] & c_mask[None, :]
-    x = tl.load(x_ptr + start * pixel_stride + offset, inside, other=0.0).to(tl.float32)
+    x = _input(x_ptr, skip, add, sample, first, start, c, p, c_mask, inside, own, channels, pixels, CHANNELS_LAST)
     shift = tl.sum(x, axis=0) / tl.minimum(left, PIXELS).to(tl.float32)
     d = tl.where(inside, x - shift[None, :], 0.0)
     d2 = d * d
     for t in range(1, TILES):
+        at = start + t * PIXELS
         inside = (p < left - t * PIXELS)[:, None] & c_mask[None, :]
-        x = tl.load(x_ptr + (start + t * PIXELS) * pixel_stride + offset, inside, other=0.0).to(tl.float32)
+        x = _input(x_ptr, skip, add, sample, first, at, c, p, c_mask, inside, own, channels, pixels, CHANNELS_LAST)
         more = tl.where(inside, x - shift[None, :], 0.0)
         d += more
         d2 += more * more
@@ -148,9 +189,9 @@ def _moments(
 
 @triton.jit
 def _apply(
-    x_ptr, y_ptr, partial, weight, bias, eps, pixels, channels, pixel_stride, channel_stride, slabs, groups, half,
+    x_ptr, skip, add, y_ptr, partial, weight, bias, scale, shift, eps, own, channels, pixels, slabs, groups, half,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    TILES: tl.constexpr, ENTRIES: tl.constexpr, AFFINE: tl.constexpr, SILU: tl.constexpr,
+    TILES: tl.constexpr, CHANNELS_LAST: tl.constexpr, ENTRIES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     # Backwards: what `_moments` read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -173,16 +214,16 @@ def _apply(
     m2 = tl.sum(tl.load(partial + half + entry, there, other=0.0) + n * delta * delta, axis=0)
 
     start = chunk.to(tl.int64) * (PIXELS * TILES)
-    c = first + tl.arange(0, CHANNELS)
+    c = tl.arange(0, CHANNELS)
     p = tl.arange(0, PIXELS)
-    base = sample * channels * pixels + first.to(tl.int64) * channel_stride
-    offset = tl.arange(0, CHANNELS)[None, :] * channel_stride + p[:, None] * pixel_stride
     for t in range(TILES):
-        here = base + (start + t * PIXELS) * pixel_stride + offset
-        inside = (p < pixels - start - t * PIXELS)[:, None] & c_mask[None, :]
-        x = tl.load(x_ptr + here, inside, other=0.0).to(tl.float32)
-        y = _normalise(x, mean, m2, count, eps, weight, bias, c, c_mask, member, AFFINE, SILU)
-        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), inside)
+        at = start + t * PIXELS
+        inside = (p < pixels - at)[:, None] & c_mask[None, :]
+        x = _input(x_ptr, skip, add, sample, first, at, c, p, c_mask, inside, own, channels, pixels, CHANNELS_LAST)
+        y = _normalise(x, mean, m2, count, eps, weight, bias, scale, shift, sample, first, c, c_mask, channels, member,
+                       SILU)  # fmt: skip
+        offset = _output_offset(sample, first, at, c, p, channels, pixels, CHANNELS_LAST)
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
 
 
 def _cut(per_group: int, pixels: int, channels: int, channels_last: bool) -> _Cut:
@@ -200,25 +241,31 @@ def _cut(per_group: int, pixels: int, channels: int, channels_last: bool) -> _Cu
 
 
 def group_norm_silu(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> Tensor:
-    """silu(group_norm(x)); weight and bias both given or both None."""
-    y = torch.empty_like(x)
-    if not x.numel():
-        return y
-    batch, channels = x.shape[:2]
-    pixels, per_group = x[0, 0].numel(), channels // num_groups
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """silu(group_norm(cat(x, skip) + add) * (1 + scale) + shift); weight and bias, scale and shift both or neither."""
+    if skip is not None and not skip.shape[1]:
+        skip = None
+    batch, own = x.shape[:2]
+    channels = own + (0 if skip is None else skip.shape[1])
     channels_last = not x.is_contiguous()
-    strides = (channels, 1) if channels_last else (1, pixels)
-    flags = {"AFFINE": weight is not None, "SILU": silu, "enable_fp_fusion": True}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y = torch.empty((batch, channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    if not y.numel():
+        return y
+    pixels, per_group = x[0, 0].numel(), channels // num_groups
+    source, sizes = (x, skip, add), (own, channels, pixels)
+    parameters = (weight, bias, scale, shift, eps)
+    flags = {"CHANNELS_LAST": channels_last, "enable_fp_fusion": True}
     width = triton.next_power_of_2(per_group)
     size = next((size for size in _ONE_PASS if width * triton.next_power_of_2(pixels) <= size), None)
     with on_device(x):
         if size is not None:
             cut = _Cut(per_group, 1, 1, width, size // width)
             _one_pass[(batch * num_groups,)](
-                x, y, weight, bias, eps, pixels, channels, *strides, num_groups,
-                **cut._asdict(), **flags, num_warps=_ONE_PASS[size],
+                *source, y, *parameters, *sizes, num_groups, **cut._asdict(), **flags, SILU=silu,
+                num_warps=_ONE_PASS[size],
             )  # fmt: skip
             return y
         cut = _cut(per_group, pixels, channels, channels_last)
@@ -230,9 +277,9 @@ def group_norm_silu(
         chunks = triton.cdiv(pixels, cut.PIXELS * tiles)
         entries = max(16, triton.next_power_of_2(cut.PARTS * chunks))
         partial = torch.empty(2, batch, num_groups, cut.PARTS * chunks, device=x.device, dtype=torch.float32)
-        launch, half = (batch * slabs, chunks), partial[0].numel()
-        place = (pixels, channels, *strides, slabs, num_groups, half)
-        shape = {**cut._asdict(), "TILES": tiles}
-        _moments[launch](x, partial, *place, **shape, enable_fp_fusion=True)
-        _apply[launch](x, y, partial, weight, bias, eps, *place, **shape, ENTRIES=entries, **flags)
+        launch = (batch * slabs, chunks)
+        place = (*sizes, slabs, num_groups, partial[0].numel())
+        shape = {**cut._asdict(), "TILES": tiles, **flags}
+        _moments[launch](*source, partial, *place, **shape)
+        _apply[launch](*source, y, partial, *parameters, *place, **shape, ENTRIES=entries, SILU=silu)
     return y

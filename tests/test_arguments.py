@@ -43,6 +43,10 @@ WRONG = [
     ("group_norm_silu", (X, 3, None, None, 1e-5, True), "num_groups is 3, allowed are the divisors of the 4 channels"),
     ("group_norm_silu", (X, 0, None, None, 1e-5, True), "num_groups is 0"),
     ("group_norm_silu", (X, 2, torch.ones(3), torch.ones(3), 1e-5, True), r"weight must be \[4\], got \[3\]"),
+    ("group_norm_silu", (X, 2, None, None, 1e-5, True, X[:, :, 0, 0][:, :3]), r"add must be \[2, 4\], got \[2, 3\]"),
+    ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, X[:1, :, 0, 0], X[:, :, 0, 0]), "scale must be "),
+    ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, None, None, X[..., :2]), "skip must have the dtype and"),
+    ("group_norm_silu_backward", (X, X[:1], 2), r"grad must have batch 2 and otherwise the shape"),
 ]
 
 
@@ -51,4 +55,4 @@ def test_cpu_refuses_with_a_sentence(name, args, sentence):
     if (reason := native.why_not("cpu")) is not None:
         pytest.skip(reason)
     with use_backend("cpu"), pytest.raises(RuntimeError, match=f"^diffkern::{name}: .*{sentence}"):
-        OPS[name].overload(*args)
+        OPS[name].overload(*OPS[name].bind(*args))

@@ -64,6 +64,42 @@ def test_the_gradient_of_a_small_spread_keeps_its_digits():
     torch.testing.assert_close(logvar.grad, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("sample", [s for s in OPS["group_norm_silu"].make_samples("cpu", torch.float64)
+                                    if not s.workload], ids=lambda s: s.name)  # fmt: skip
+def test_the_gradient_of_group_norm_silu_is_the_references(sample):
+    """In float64, where both are exact to many digits: every argument, every combination of them."""
+    args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in sample.args()]
+    inputs = [a for a in args if isinstance(a, torch.Tensor)]
+    y = diffkern.group_norm_silu(*args)
+    grad = make(tuple(y.shape), "cpu", torch.float64, seed=9)
+    ours = torch.autograd.grad(y, inputs, grad)
+    theirs = torch.autograd.grad(diffkern.group_norm_silu.reference(*args), inputs, grad)
+    for g, e in zip(ours, theirs, strict=True):
+        # "far from zero" loses the digits of 200^2 / spread^2
+        torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_gradient_of_group_norm_silu(dtype):
+    """Through the kernels: what autograd hands out is cut and cast as the arguments are."""
+    sample = next(
+        s for s in OPS["group_norm_silu"].make_samples("cpu", dtype) if s.name == "all at once, channels_last"
+    )
+    args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in sample.args()]
+    inputs = [a for a in args if isinstance(a, torch.Tensor)]
+    y = diffkern.group_norm_silu(*args)
+    grad = make(tuple(y.shape), "cpu", dtype, "channels_last", seed=9)
+    wide = [a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    exact = torch.autograd.grad(
+        diffkern.group_norm_silu.reference(*wide), [a for a in wide if isinstance(a, torch.Tensor)], grad.double()
+    )
+    for g, e, a in zip(torch.autograd.grad(y, inputs, grad), exact, inputs, strict=True):
+        assert g.dtype is dtype
+        assert g.shape == a.shape
+        # sums of up to 288 products: a rounding of the result, and of float32 sums
+        assert ((g.double() - e).abs() <= ulp(e, dtype) + 2e-6 * e.abs().max()).all()
+
+
 def test_training_through_a_compiled_op():
     x = make((2, 8, 4, 4), "cpu", torch.float32).requires_grad_()
     weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)

@@ -184,6 +184,10 @@ def alone(op: Any, args: tuple[Any, ...], i: int, batch: int) -> tuple[Any, ...]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_sample_alone_equals_the_sample_in_a_batch(op, dtype, backend):
+    if backend not in ("reference", *(b.name for b in op.backends)):
+        pytest.skip(f"{op.name} has no {backend} backend")
+    if backend == "reference" and op.name.startswith("group_norm_silu"):
+        pytest.skip("PyTorch's reductions may depend on the batch; those of diffkern's own backends do not")
     for name, args, batch in calls(op, dtype, workloads=False):
         together = tensors(op(*args))
         for i in range(batch) if backend == "cpu" else (batch - 1,):

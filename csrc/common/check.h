@@ -24,25 +24,25 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(sentence.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string shape_of(const std::vector<int64_t>& sizes) {
   std::ostringstream out;
-  const auto sizes = t.sizes();
   for (size_t i = 0; i < sizes.size(); ++i) {
     out << (i == 0 ? "[" : ", ") << sizes[i];
   }
-  out << (sizes.size() == 0 ? "[]" : "]");
+  out << (sizes.empty() ? "[]" : "]");
   return out.str();
+}
+
+inline std::string shape_of(const Tensor& t) { return shape_of({t.sizes().begin(), t.sizes().end()}); }
+
+inline bool has_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
+  return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()) == sizes;
 }
 
 // A dense int64 vector or matrix of the given sizes, such as keys [B, 2].
 inline const int64_t* int64_data(const char* op, const char* name, const Tensor& t, std::vector<int64_t> sizes) {
-  bool same = t.scalar_type() == ScalarType::Long && t.dim() == static_cast<int64_t>(sizes.size()) && t.is_contiguous();
-  std::ostringstream want;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    want << (i == 0 ? "[" : ", ") << sizes[i];
-    same = same && t.size(i) == sizes[i];
-  }
-  check(same, op, ": ", name, " must be contiguous int64 ", want.str(), "], got ", shape_of(t));
+  check(t.scalar_type() == ScalarType::Long && t.is_contiguous() && has_shape(t, sizes), op, ": ", name,
+        " must be contiguous int64 ", shape_of(sizes), ", got ", shape_of(t));
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from diffkern.ops.group_norm_silu import group_norm_silu
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
-    """GroupNorm with the module's parameters, then SiLU, in one op."""
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
+def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor) -> Tensor:
+    """GroupNorm with the module's parameters, then SiLU, in one op. more: `add`, `scale` and `shift` of that op."""
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, **more)
 
 
 def sinusoids(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -63,12 +63,12 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [B, C, H, W]. emb: [B, time_dim], SiLU already applied. Returns [B, out_channels, H, W]."""
         h = self.conv1(norm_silu(self.norm1, x))
-        time = self.time_emb_proj(emb)[:, :, None, None]
+        time = self.time_emb_proj(emb)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
-            h = F.silu(norm_silu(self.norm2, h, silu=False) * (1 + scale) + shift)
+            h = norm_silu(self.norm2, h, scale=scale, shift=shift)
         else:
-            h = norm_silu(self.norm2, h + time)
+            h = norm_silu(self.norm2, h, add=time)
         h = self.conv2(F.dropout(h, self.dropout, self.training))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return (shortcut + h) / self.output_scale if self.output_scale != 1 else shortcut + h

@@ -2,8 +2,18 @@
 
 from diffkern.ops.add_noise import add_noise
 from diffkern.ops.group_norm_silu import group_norm_silu
+from diffkern.ops.group_norm_silu_backward import group_norm_silu_backward
 from diffkern.ops.randn import Draw, noise_keys, randn
 from diffkern.ops.reparameterize import reparameterize
 from diffkern.ops.sampler_step import sampler_step
 
-__all__ = ["Draw", "add_noise", "group_norm_silu", "noise_keys", "randn", "reparameterize", "sampler_step"]
+__all__ = [
+    "Draw",
+    "add_noise",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+    "noise_keys",
+    "randn",
+    "reparameterize",
+    "sampler_step",
+]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern.layout import accumulate, fast_dtype, memory_format
+from diffkern.layout import accumulate, fast_dtype, memory_format, per_channel
 from diffkern.op import Cost, Sample, op
+from diffkern.ops.group_norm_silu_backward import group_norm_silu_backward
 
 
 @op
@@ -20,38 +22,92 @@ def group_norm_silu(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     silu: bool = True,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> Tensor:
-    """silu(group_norm(x)), or without the SiLU.
+    """silu(group_norm(cat(x, skip) + add) * (1 + scale) + shift), each part left out if not given.
 
-    x: [B, C, ...], contiguous or channels_last. weight, bias: [C] or None. C is a multiple of num_groups.
-    Returns the shape, dtype and layout of x. Raises RuntimeError if num_groups does not divide C."""
+    x: [B, C1, ...], contiguous or channels_last. skip: [B, C2, ...], what a UNet joins to it; C = C1 + C2 is a multiple
+    of num_groups. weight, bias: [C]. add: [B, C], such as a time embedding. scale, shift: [B, C], given together
+    (Dhariwal & Nichol 2021). Returns [B, C, ...] with the dtype and layout of x. Raises RuntimeError if num_groups does
+    not divide C or a shape is another."""
     acc = accumulate(x.dtype)
+    u = x if skip is None else torch.cat([x, skip], dim=1)
+    if add is not None:
+        u = u.to(acc) + per_channel(add.to(acc), x)
     weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
-    y = F.group_norm(x.to(acc), num_groups, weight, bias, eps)
+    y = F.group_norm(u.to(acc), num_groups, weight, bias, eps)
+    if scale is not None and shift is not None:
+        y = y * (1 + per_channel(scale.to(acc), x)) + per_channel(shift.to(acc), x)
     y = F.silu(y) if silu else y
     return y.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
-def _supports(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> bool | str:
-    if (weight is None) != (bias is None):
-        return "takes weight and bias together or neither"
-    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
-        return "takes weight and bias in float32 or the dtype of x"
+def supports(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+) -> bool | str:  # fmt: skip
+    """What the kernels of the norm take, and those of its gradient."""
+    if (weight is None) != (bias is None) or (scale is None) != (shift is None):
+        return "takes weight and bias, and scale and shift, together or neither"
+    for p in (weight, bias, add, scale, shift):
+        if p is not None and p.dtype is not x.dtype and p.dtype is not torch.float32:
+            return "takes parameters in float32 or the dtype of x"
+    if skip is not None and skip.dtype is not x.dtype:
+        return "takes skip in the dtype of x"
     return fast_dtype(x.dtype)
 
 
-@group_norm_silu.backend("triton", devices=("cuda",), supports=_supports)
-def _(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+@group_norm_silu.backend("triton", devices=("cuda",), supports=supports)
+def _(x: Tensor, *rest: Any) -> Tensor:
     from diffkern.kernels.group_norm_silu import group_norm_silu as kernel
 
-    return kernel(x, num_groups, weight, bias, eps, silu)
+    return kernel(x, *rest)
 
 
-@group_norm_silu.backend("cpu", devices=("cpu",), supports=_supports)
-def _(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
-    return torch.ops.diffkern_C.group_norm_silu(x, num_groups, weight, bias, eps, silu)
+@group_norm_silu.backend("cpu", devices=("cpu",), supports=supports)
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.ops.diffkern_C.group_norm_silu(x, *rest)
+
+
+@group_norm_silu.gradient
+class GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+                silu: bool, *more: Tensor | None) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, *more)
+        ctx.options = num_groups, eps, silu
+        return group_norm_silu(x, num_groups, weight, bias, eps, silu, *more)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, add, scale, shift, skip = ctx.saved_tensors
+        num_groups, eps, silu = ctx.options
+        more = (add, scale, shift, skip)
+        dx, sums = group_norm_silu_backward(x, grad, num_groups, weight, bias, eps, silu, *more)
+        added, slope, product = sums.unbind(1)  # per sample and channel
+
+        def like(value: Tensor, p: Tensor | None) -> Tensor | None:
+            return None if p is None else value.to(p.dtype)
+
+        factor = 1 if scale is None else 1 + scale.to(sums.dtype)
+        dscale = product if weight is None else product * weight + slope * bias
+        dskip = None if skip is None else dx[:, x.shape[1] :]
+        return (
+            dx if skip is None else dx[:, : x.shape[1]],
+            None,
+            like((product * factor).sum(0), weight),
+            like((slope * factor).sum(0), bias),
+            None,
+            None,
+            like(added, add),
+            like(dscale, scale),
+            like(slope, shift),
+            dskip,
+        )
 
 
 @group_norm_silu.samples
@@ -60,11 +116,18 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
     def sample(
         name: str, shape: tuple[int, ...], groups: int, layout: str, affine: bool = True, silu: bool = True,
-        shift: float = 0.0, workload: bool = False,
+        offset: float = 0.0, skip: int = 0, add: bool = False, modulated: bool = False, workload: bool = False,
     ) -> Sample:  # fmt: skip
+        """skip: channels of the second input."""
+
         def args() -> tuple[object, ...]:
-            weight, bias = (make(shape[1:2], device, dtype, seed=s) if affine else None for s in (1, 2))
-            return make(shape, device, dtype, layout) + shift, groups, weight, bias, 1e-5, silu
+            batch, own, *space = shape
+            weight, bias = (make((own + skip,), device, dtype, seed=s) if affine else None for s in (1, 2))
+            added = make((batch, own + skip), device, dtype, seed=3) if add else None
+            scale, shift = (make((batch, own + skip), device, dtype, seed=s) if modulated else None for s in (4, 5))
+            second = make((batch, skip, *space), device, dtype, layout, seed=6) if skip else None
+            x = make(shape, device, dtype, layout) + offset
+            return x, groups, weight, bias, 1e-5, silu, added, scale, shift, second
 
         return Sample(name, args, workload)
 
@@ -79,17 +142,29 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("no spatial axis", (3, 12), 4, "contiguous")
     yield sample("a sequence", (2, 12, 31), 4, "contiguous")
     # The mean is 200 times the spread: E[x^2] - E[x]^2 in float32 would lose every digit here.
-    yield sample("far from zero", (2, 16, 16, 16), 4, "channels_last", shift=200.0)
+    yield sample("far from zero", (2, 16, 16, 16), 4, "channels_last", offset=200.0)
     for layout in ("contiguous", "channels_last"):  # too large for one pass over registers
         yield sample(f"a large group, {layout}", (1, 18, 45, 41), 2, layout)
         yield sample(f"a wide group, {layout}", (1, 264, 9, 11), 1, layout)
     for layout in ("contiguous", "channels_last"):
+        yield sample(f"a time embedding, {layout}", (2, 12, 5, 7), 4, layout, add=True)
+        yield sample(f"a scale and a shift, {layout}", (3, 12, 5, 3), 4, layout, modulated=True)
+        yield sample(f"a skip inside a group, {layout}", (2, 7, 5, 3), 4, layout, skip=5)
+        yield sample(f"all at once, {layout}", (2, 20, 12, 12), 4, layout, skip=12, add=True, modulated=True)
+        yield sample(f"all, without affine, {layout}", (2, 1, 3, 3), 2, layout, affine=False, skip=5, add=True,
+                     modulated=True)  # fmt: skip
+        yield sample(f"a large group with all, {layout}", (1, 11, 45, 41), 2, layout, skip=7, add=True, modulated=True)
+    yield sample("a skip without spatial axis", (3, 44), 4, "contiguous", skip=20, add=True)
+    for layout in ("contiguous", "channels_last"):
         yield sample(f"CIFAR UNet 16x16, {layout}", (8, 256, 16, 16), 32, layout, workload=True)
         yield sample(f"SD 1.5 UNet 16x16, {layout}", (2, 1280, 16, 16), 32, layout, workload=True)
         yield sample(f"SD 1.5 UNet 64x64, {layout}", (2, 320, 64, 64), 32, layout, workload=True)
+        yield sample(f"SD 1.5 UNet 64x64, skip, {layout}", (2, 320, 64, 64), 32, layout, skip=320, workload=True)
         yield sample(f"SD 1.5 VAE 256x256, {layout}", (1, 256, 256, 256), 32, layout, workload=True)
 
 
 @group_norm_silu.cost
-def _(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Cost:
-    return Cost(bytes=2 * x.numel() * x.element_size(), flops=(9 if silu else 5) * x.numel())
+def _(x: Tensor, num_groups: int, *rest: Any) -> Cost:
+    silu, skip = rest[3], rest[7]
+    elements = x.numel() + (0 if skip is None else skip.numel())
+    return Cost(bytes=2 * elements * x.element_size(), flops=(9 if silu else 5) * elements)
