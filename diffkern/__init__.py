@@ -4,7 +4,7 @@ from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.op import BackendError, explain, use_backend
-from diffkern.ops import Draw, add_noise, group_norm_silu, noise_keys, randn, reparameterize, sampler_step
+from diffkern.ops import Draw, add_noise, attention, group_norm_silu, noise_keys, randn, reparameterize, sampler_step
 from diffkern.samplers import SAMPLERS, Row, Table, make_table
 from diffkern.samplers.loop import Progress, sample
 from diffkern.schedules import Schedule
@@ -23,6 +23,7 @@ __all__ = [
     "Table",
     "UNet2D",
     "add_noise",
+    "attention",
     "bundled",
     "explain",
     "group_norm_silu",

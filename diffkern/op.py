@@ -70,6 +70,11 @@ class Backend:
     run: Callable[..., Any]
     devices: tuple[str, ...] = ()
     supports: Callable[..., bool | str] | None = None
+    strided: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it, on dense tensors if it does not read strides itself."""
+        return self.run(*(args if self.strided else dense(args)))
 
     def why_not(self, args: tuple[Any, ...]) -> str | None:
         """The reason that this backend cannot run on `args`, or None when it can."""
@@ -105,13 +110,13 @@ class Op:
 
     reference: Callable[..., Any]
     backends: list[Backend] = field(default_factory=list)
-    grad: type[torch.autograd.Function] | None = None
+    grad: Callable[..., Any] | None = None
     make_samples: Callable[[str, torch.dtype], Iterator[Sample]] = _no_samples
     count_cost: Callable[..., Cost] = _no_cost
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__
-        self.fallback = Backend("reference", self.reference)
+        self.fallback = Backend("reference", self.reference, strided=True)
         self.__doc__ = self.reference.__doc__
         self.signature = inspect.signature(self.reference)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
@@ -128,7 +133,7 @@ class Op:
             args = self.bind(*args, **kwargs)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             # Without a gradient of its own an op trains through its reference, which is differentiable and right.
-            return self.reference(*args) if self.grad is None else self.grad.apply(*args)
+            return (self.grad or self.reference)(*args)
         return self.overload(*args)
 
     def __repr__(self) -> str:
@@ -150,21 +155,28 @@ class Op:
         raise AssertionError("a call that Python would bind")
 
     def backend(
-        self, name: str, *, devices: tuple[str, ...], supports: Callable[..., bool | str] | None = None
+        self,
+        name: str,
+        *,
+        devices: tuple[str, ...],
+        supports: Callable[..., bool | str] | None = None,
+        strided: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the next backend in order of preference. `supports(*args)` is True or the reason why not; it says
-        *can* (dtype, layout, capability), never *want*."""
+        *can* (dtype, layout, capability), never *want*. It is given dense tensors in the layout of the first one, or
+        with `strided` the tensors as they are."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             assert name in BACKENDS, f"{name} is not one of {BACKENDS}"
-            self.backends.append(Backend(name, run, devices, supports))
+            self.backends.append(Backend(name, run, devices, supports, strided))
             return run
 
         return register
 
-    def gradient(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-        """Register the gradient: an autograd.Function that takes the op's arguments, entered when one needs it."""
-        self.grad = function
+    def gradient(self, function: Any) -> Any:
+        """Register what trains: an autograd.Function that takes the op's arguments, or a function that autograd can go
+        through; run in place of the backends when an argument needs a gradient."""
+        self.grad = getattr(function, "apply", function)
         return function
 
     def samples(self, make: Callable[[str, torch.dtype], Iterator[Sample]]) -> None:
@@ -196,8 +208,7 @@ class Op:
         raise BackendError(f"{self.name}: backend {forced!r} was forced but this op has only: {have}")
 
     def _dispatch(self, *args: Any) -> Any:
-        backend = self.choose(args)
-        return backend.run(*(args if backend.name == "reference" else dense(args)))
+        return self.choose(args)(*args)
 
 
 def op(reference: Callable[..., Any]) -> Op:

@@ -25,8 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from diffkern.layout import dense
-from diffkern.op import OPS
+from diffkern.op import OPS, use_backend
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
@@ -87,14 +86,14 @@ def launches(name: str) -> dict[str, Launch]:
         seen.update((key, structure))
 
     JITFunction.run = record
-    run = next(b.run for b in OPS[name].backends if b.name == "triton")
+    run = next(b for b in OPS[name].backends if b.name == "triton")
     for workload, dtypes in ((True, (torch.float16, torch.float32)), (False, (torch.bfloat16,))):
         for dtype in dtypes:
             for sample in OPS[name].make_samples("cpu", dtype):  # type: ignore[misc]
                 label = f"{sample.name}, {str(dtype)[6:]}"
                 if sample.workload == workload:
-                    with FakeTensorMode():
-                        run(*dense(sample.args()))
+                    with FakeTensorMode(), use_backend("triton"):
+                        run(*sample.args())
     return found
 
 

@@ -12,6 +12,7 @@ from diffkern.testing import make
 X = make((2, 4, 6, 6), "cpu", torch.float32)
 TABLE = make((5, 32), "cpu", torch.float32)
 KEYS, ROW, SCHEDULE = noise_keys(0, 2), torch.tensor([0, 3]), torch.rand(10, 2)
+Q = make((2, 5, 3, 8), "cpu", torch.float32)
 STEP = (X, X, TABLE, ROW, KEYS, None, None, None, None, None)
 
 
@@ -40,6 +41,9 @@ WRONG = [
     ),
     ("sampler_step", step(h0=X[:, :3].contiguous()), r"h0 must have batch 2 and otherwise the shape .*\[2, 3, 6, 6\]"),
     ("sampler_step", step(base=X.half()), "base has the wrong dtype"),
+    ("attention", (Q[0], Q, Q, None, None), r"q must be \[B, S, H, D\], got \[5, 3, 8\]"),
+    ("attention", (Q, Q[:, :4], Q, None, None), r"v must be \[2, 4, 3, 8\], got \[2, 5, 3, 8\]"),
+    ("attention", (Q, Q[:, :, :1], Q, None, None), r"k must be \[2, 5, 3, 8\], got \[2, 5, 1, 8\]"),
     ("group_norm_silu", (X, 3, None, None, 1e-5, True), "num_groups is 3, allowed are the divisors of the 4 channels"),
     ("group_norm_silu", (X, 0, None, None, 1e-5, True), "num_groups is 0"),
     ("group_norm_silu", (X, 2, torch.ones(3), torch.ones(3), 1e-5, True), r"weight must be \[4\], got \[3\]"),

@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 ARCHS = ("90", "80", "100")  # the first gets every variant, the others one of each kernel
 REGISTERS, REGISTERS_ODD = 128, 168  # of the workloads, and of odd shapes: 65536 a multiprocessor
 SHARED = 48 * 1024
+# Attention waits for the tensor cores, not for other programs: all registers, and what sm_86 has of shared memory.
+REGISTERS_ALL, SHARED_ALL, TENSOR_CORES = 255, 99 * 1024, {"_attention"}
 # All instructions of the program, over the normals that a thread makes: torch's Triton noise alone takes 129 a normal.
 PER_NORMAL = {"_randn": 33, "_add_noise": 38, "_reparameterize": 43}
 READS_NO_TENSOR, WRITES_NO_TENSOR = {"_randn"}, {"_moments"}
@@ -67,6 +69,7 @@ def failures(compiled: list[dict[str, Any]], kernel: str, wrong: Any) -> list[st
 def test_kernel_stays_in_registers_and_in_float32(compiled, kernel):
     def wrong(v: dict[str, Any]) -> str:
         limit = REGISTERS if v["workload"] else REGISTERS_ODD
+        limit = REGISTERS_ALL if kernel in TENSOR_CORES else limit
         found = []
         if v["stack"] or v["local"] or v["spills"] or v["scratch"]:
             found.append(f"stack {v['stack']}, local {v['local']}, scratch {v['scratch']}, {v['spills'][:3]}")
@@ -74,7 +77,7 @@ def test_kernel_stays_in_registers_and_in_float32(compiled, kernel):
             found.append(f"float64: {v['doubles'][:3]}")
         if v["reg"] > limit or v["reg"] * v["threads"] > 65536:
             found.append(f"{v['reg']} registers, the limit is {limit}")
-        if v["shared"] > SHARED:
+        if v["shared"] > (SHARED_ALL if kernel in TENSOR_CORES else SHARED):
             found.append(f"{v['shared']} bytes of shared memory")
         return "; ".join(found)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkern.ops.attention import attention
 from diffkern.ops.group_norm_silu import group_norm_silu
 
 
@@ -89,12 +90,8 @@ class Attention(nn.Module):
         b, c, height, width = x.shape
         # channels_last, so that this view of the pixels as a sequence [B, H W, C] moves nothing
         tokens = norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(b, height * width, c)
-        q, k, v = (
-            proj(tokens).reshape(b, height * width, c // self.head_dim, self.head_dim).transpose(1, 2)
-            for proj in (self.to_q, self.to_k, self.to_v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height * width, c)
-        out = self.to_out[0](out).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        q, k, v = (proj(tokens).unflatten(-1, (-1, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v))
+        out = self.to_out[0](attention(q, k, v)).reshape(b, height, width, c).permute(0, 3, 1, 2)
         return (x + out) / self.output_scale if self.output_scale != 1 else x + out
 
 

@@ -1,0 +1,353 @@
+// attention, see diffkern/ops/attention.py. Flash attention (Dao et al. 2022): the scores of a block of queries live in
+// the cache, a block of keys at a time, under a running maximum and sum (Milakov & Gimelshein 2018).
+//
+// Queries lie in the lanes of vectors, from their load to the result. So both products are one: rows of numbers (keys,
+// or channels of the values), each broadcast, times a panel of vectors; and the softmax is never a sum across lanes.
+// What is computed in which order depends on the sample's shape alone: neither threads nor the batch change a bit.
+#include "../common/math.h"
+#include "dense.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <limits>
+
+namespace diffkern {
+namespace {
+
+constexpr const char* kOp = "diffkern::attention";
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16, kRegisters = 32;
+#else
+constexpr int64_t kLanes = 8, kRegisters = 16;
+#endif
+constexpr int kVectors = kRegisters / 8;      // of queries that a panel has at most
+constexpr int64_t kQueries = 64, kKeys = 96;  // in a block
+constexpr int64_t kHeld = 1 << 18;            // floats: the keys of a head, and its values, that fit into a core's cache
+constexpr int64_t kGrain = 1 << 19;           // multiply-adds that are worth another thread
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+
+inline Vector& vector(float* aligned) { return *reinterpret_cast<Vector*>(aligned); }
+
+// The lanes of a (0 to kLanes - 1) and b (from kLanes on) that are asked for.
+template <int64_t... kWhich>
+Vector pick(Vector a, Vector b, std::integer_sequence<int64_t, kWhich...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kWhich...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(sizeof(Vector))));
+  return __builtin_shuffle(a, b, Lanes{kWhich...});
+#endif
+}
+
+// Transposes a square of kLanes vectors: each round exchanges one bit of the row with that bit of the lane.
+template <int64_t kBit = kLanes / 2, int64_t... kLane>
+void transpose(Vector* x, std::integer_sequence<int64_t, kLane...> lanes) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if ((i & kBit) == 0) {
+      const Vector a = x[i], b = x[i + kBit];
+      x[i] = pick(a, b, std::integer_sequence<int64_t, (kLane & kBit ? kLane + kLanes - kBit : kLane)...>());
+      x[i + kBit] = pick(a, b, std::integer_sequence<int64_t, (kLane & kBit ? kLane + kLanes : kLane + kBit)...>());
+    }
+  }
+  if constexpr (kBit > 1) {
+    transpose<kBit / 2>(x, lanes);
+  }
+}
+
+// A square of kLanes rows, `step` apart, to `out_step` apart and transposed, times a vector of factors before that.
+inline void transpose(float* in, int64_t step, float* out, int64_t out_step, Vector factor) {
+  Vector x[kLanes];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i) {
+    x[i] = vector(in + i * step) * factor;
+  }
+  transpose(x, std::make_integer_sequence<int64_t, kLanes>());
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i) {
+    vector(out + i * out_step) = x[i];
+  }
+}
+
+struct Problem {
+  int64_t batch, queries, keys, heads, dim;
+  float scale;
+
+  // Rows of keys and values lie an odd number of cache lines apart, for a column of them to spread over all cache sets.
+  int64_t row() const { return ((dim + 15) / 16 | 1) * 16; }
+};
+
+// [B, S, H, D] with any strides but that of D, which is 1.
+template <class T>
+struct View {
+  const T* data;
+  int64_t sample, token, head;
+
+  explicit View(const Tensor& t)
+      : data(static_cast<const T*>(t.const_data_ptr())), sample(t.stride(0)), token(t.stride(1)), head(t.stride(2)) {}
+
+  const T* at(int64_t b, int64_t s, int64_t h) const { return data + b * sample + s * token + h * head; }
+};
+
+// Memory of one thread, handed out in whole cache lines.
+class Room {
+ public:
+  explicit Room(int64_t floats) : memory_(floats + 16) {
+    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+  }
+
+  float* take(int64_t floats) { return std::exchange(next_, next_ + (floats + 15) / 16 * 16); }
+
+ private:
+  std::vector<float> memory_;
+  float* next_;
+};
+
+// R rows of a product: sum over i < n of left[r * row + i * step] * panel[i]. A panel has V vectors. With `decay` (one
+// panel) the product is added to what is in out times it.
+template <int V, int R>
+void rows(const float* left, int64_t row, int64_t step, const Vector* panel, int64_t n, const Vector* decay,
+          Vector* out) {
+  Vector sum[R][V] = {};
+  for (int64_t i = 0; i < n; ++i, left += step, panel += V) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const float scalar = left[r * row];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] += scalar * panel[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      Vector& to = out[r * V + v];
+      to = decay ? to * decay[v] + sum[r][v] : sum[r][v];
+    }
+  }
+}
+
+// All `count` rows: as many at a time as registers hold, then what is left in powers of two.
+template <int V, int R = V == 1 ? kRegisters / 2 : kRegisters * 3 / 4 / V>
+void product(int64_t count, const float* left, int64_t row, int64_t step, const Vector* panel, int64_t n,
+             const Vector* decay, Vector* out) {
+  int64_t r = 0;
+  for (; r + R <= count; r += R) {
+    rows<V, R>(left + r * row, row, step, panel, n, decay, out + r * V);
+  }
+  if constexpr (R > 1) {
+    if (r < count) {
+      constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
+      product<V, kFewer>(count - r, left + r * row, row, step, panel, n, decay, out + r * V);
+    }
+  }
+}
+
+// Up to V vectors of queries of one head, and their softmax so far.
+struct Panel {
+  float *query, *out;              // [row(), V kLanes], of which D rows are used
+  float *highest, *total, *decay;  // [V kLanes]
+};
+
+// Scores [keys, V kLanes] to weights, under the highest score so far; `decay` is what that does to earlier weights.
+template <int V>
+void soften(const Panel& p, int64_t keys, float* scores) {
+  constexpr int64_t kWidth = V * kLanes;
+  float highest[kWidth], shift[kWidth];
+  std::copy_n(p.highest, kWidth, highest);
+  for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t j = 0; j < kWidth; ++j) {
+      const float score = scores[k * kWidth + j];
+      highest[j] = score > highest[j] ? score : highest[j];
+    }
+  }
+  for (int64_t j = 0; j < kWidth; ++j) {
+    shift[j] = highest[j] == kNone ? 0.0f : highest[j];  // all scores are -inf so far: their weights are zero, not NaN
+    p.decay[j] = fast_exp(p.highest[j] - shift[j]);
+    p.total[j] *= p.decay[j];
+    p.highest[j] = highest[j];
+  }
+  float total[kWidth] = {};
+  for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t j = 0; j < kWidth; ++j) {
+      const float weight = fast_exp(scores[k * kWidth + j] - shift[j]);
+      scores[k * kWidth + j] = weight;
+      total[j] += weight;
+    }
+  }
+  for (int64_t j = 0; j < kWidth; ++j) {
+    p.total[j] += total[j];
+  }
+}
+
+template <int V>
+void attend(const Problem& p, const Panel& panel, int64_t keys, const float* k, const float* v, float* scores) {
+  const auto vectors = [](float* x) { return reinterpret_cast<Vector*>(x); };
+  product<V>(keys, k, p.row(), 1, vectors(panel.query), p.dim, nullptr, vectors(scores));
+  soften<V>(panel, keys, scores);
+  product<V>(p.dim, v, 1, p.row(), vectors(scores), keys, vectors(panel.decay), vectors(panel.out));
+}
+
+// f.operator()<V>() with the vectors of a panel.
+template <class F>
+void with_vectors(int64_t width, F f) {
+  if constexpr (kVectors > 2) {
+    if (width == 4 * kLanes) {
+      return f.template operator()<4>();
+    }
+  }
+  width == 2 * kLanes ? f.template operator()<2>() : f.template operator()<1>();
+}
+
+// The width of the next panel when so many queries are left.
+inline int64_t panel_width(int64_t left) {
+  int64_t width = kVectors * kLanes;
+  while (width > kLanes && left <= width / 2) {
+    width /= 2;
+  }
+  return width;
+}
+
+// Does blocks of queries, in one thread.
+template <class T>
+class Worker {
+ public:
+  Worker(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, T* out)
+      : p_(p), q_(q), k_(k), v_(v), out_(out), whole_(p.keys * p.row() <= kHeld), room_(room()),
+        query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())), key_(room_.take(held())),
+        value_(room_.take(held())), scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)), total_(room_.take(kQueries)),
+        decay_(room_.take(kQueries)), lines_(room_.take(kVectors * kLanes * p.row())) {}
+
+  // The queries of one head from `first` on.
+  void run(int64_t b, int64_t h, int64_t first) {
+    if (whole_ && head_ != b * p_.heads + h) {
+      head_ = b * p_.heads + h;
+      gather(b, h, 0, p_.keys);
+    }
+    const int64_t queries = std::min(kQueries, p_.queries - first);
+    for_each_panel(queries, [&](int64_t at, int64_t width, const Panel& panel) {
+      load(b, h, first + at, std::min(width, queries - at), width, panel);
+    });
+    for (int64_t key = 0; key < p_.keys; key += kKeys) {
+      const int64_t keys = std::min(kKeys, p_.keys - key), at = whole_ ? key * p_.row() : 0;
+      if (!whole_) {
+        gather(b, h, key, keys);
+      }
+      for_each_panel(queries, [&](int64_t, int64_t width, const Panel& panel) {
+        with_vectors(width, [&]<int V>() { attend<V>(p_, panel, keys, key_ + at, value_ + at, scores_); });
+      });
+    }
+    for_each_panel(queries, [&](int64_t at, int64_t width, const Panel& panel) {
+      store(b, h, first + at, std::min(width, queries - at), width, panel);
+    });
+  }
+
+ private:
+  int64_t held() const { return (whole_ ? p_.keys : kKeys) * p_.row(); }
+
+  int64_t room() const {
+    return (2 * kQueries + kVectors * kLanes) * p_.row() + 2 * held() + kKeys * kVectors * kLanes + 3 * kQueries;
+  }
+
+  // Keys and values lie a row here and a row there, often on a page each: they are brought together once for a block of
+  // queries, or once for all queries of a head if they then stay in the cache.
+  void gather(int64_t b, int64_t h, int64_t first, int64_t keys) {
+    for (int64_t j = 0; j < keys; ++j) {
+      widen(k_.at(b, first + j, h), key_ + j * p_.row(), p_.dim);
+      widen(v_.at(b, first + j, h), value_ + j * p_.row(), p_.dim);
+    }
+  }
+
+  template <class F>
+  void for_each_panel(int64_t queries, F f) {
+    for (int64_t at = 0, width; at < queries; at += width) {
+      width = panel_width(queries - at);
+      f(at, width, Panel{query_ + at * p_.row(), result_ + at * p_.row(), highest_ + at, total_ + at, decay_ + at});
+    }
+  }
+
+  void load(int64_t b, int64_t h, int64_t first, int64_t queries, int64_t width, const Panel& panel) {
+    std::fill_n(panel.highest, width, kNone);
+    std::fill_n(panel.total, width, 0.0f);
+    std::fill_n(panel.out, width * p_.dim, 0.0f);
+    for (int64_t j = 0; j < width; ++j) {
+      // Lanes that are no query repeat the last one: what they make is not stored.
+      widen(q_.at(b, first + std::min(j, queries - 1), h), lines_ + j * p_.row(), p_.dim);
+    }
+    for (int64_t j = 0; j < width; j += kLanes) {
+      for (int64_t d = 0; d < p_.dim; d += kLanes) {
+        transpose(lines_ + j * p_.row() + d, p_.row(), panel.query + d * width + j, width, Vector{} + p_.scale);
+      }
+    }
+  }
+
+  void store(int64_t b, int64_t h, int64_t first, int64_t queries, int64_t width, const Panel& panel) {
+    for (int64_t j = 0; j < queries; j += kLanes) {
+      const Vector& total = vector(panel.total + j);
+      const Vector share = total == 0.0f ? Vector{} : 1.0f / total;
+      for (int64_t d = 0; d < p_.dim; d += kLanes) {
+        transpose(panel.out + d * width + j, width, lines_ + d, p_.row(), share);
+      }
+      for (int64_t i = 0; i < std::min(kLanes, queries - j); ++i) {
+        narrow(lines_ + i * p_.row(), out_ + ((b * p_.queries + first + j + i) * p_.heads + h) * p_.dim, p_.dim);
+      }
+    }
+  }
+
+  const Problem& p_;
+  const View<T>&q_, &k_, &v_;
+  T* out_;
+  bool whole_;         // all keys and values of a head are held, those of `head_`
+  int64_t head_ = -1;
+  Room room_;
+  float *query_, *result_, *key_, *value_, *scores_, *highest_, *total_, *decay_, *lines_;
+};
+
+template <class T>
+void run(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, T* out) {
+  const int64_t blocks = (p.queries + kQueries - 1) / kQueries, all = p.batch * p.heads * blocks;
+  const int64_t work = 2 * std::min(kQueries, p.queries) * p.keys * p.dim;
+  const auto some = [&](int64_t begin, int64_t end) {
+    Worker<T> worker(p, q, k, v, out);
+    for (int64_t i = begin; i < end; ++i) {
+      worker.run(i / blocks / p.heads, i / blocks % p.heads, i % blocks * kQueries);
+    }
+  };
+  torch::stable::parallel_for(0, all, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), some);
+}
+
+void check_like(const char* name, const Tensor& t, const Tensor& q, int64_t tokens) {
+  check(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == tokens && t.size(2) == q.size(2) &&
+            t.size(3) == q.size(3),
+        kOp, ": ", name, " must be [", q.size(0), ", ", tokens, ", ", q.size(2), ", ", q.size(3), "], got ",
+        shape_of(t));
+  check(t.scalar_type() == q.scalar_type(), kOp, ": ", name, " must have the dtype of q");
+  check(t.stride(3) == 1 || t.size(3) == 1, kOp, ": ", name, " must have stride 1 in its last axis");
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  check(q.dim() == 4 && q.size(3) >= 1, kOp, ": q must be [B, S, H, D], got ", shape_of(q));
+  check(k.dim() == 4, kOp, ": k must be [B, T, H, D], got ", shape_of(k));
+  check_like("q", q, q, q.size(1));
+  check_like("k", k, q, k.size(1));
+  check_like("v", v, q, k.size(1));
+  const Problem p{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), static_cast<float>(scale)};
+  Tensor out = torch::stable::empty({p.batch, p.queries, p.heads * p.dim}, q.scalar_type());
+  with_dtype(kOp, q.scalar_type(), [&]<class T>(T*) {
+    run(p, View<T>(q), View<T>(k), View<T>(v), data_of<T>(out));
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) { m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+
+}  // namespace diffkern

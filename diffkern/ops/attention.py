@@ -1,0 +1,138 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, section 3.2), from the layout that projections write to the one
+that they read: no transpose and no copy on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffkern.layout import accumulate, fast_dtype
+from diffkern.op import Cost, Sample, forced_backend, op
+
+
+@op
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T scale + mask) v for every head, with scale = 1 / sqrt(D) unless given.
+
+    q: [B, S, H, D]; k, v: [B, T, H, D]; one dtype, and any strides: views into packed q, k, v are welcome. mask: bool
+    (True where a query attends to a key) or floating (added), broadcastable to [B, H, S, T]. A query that attends to no
+    key gets zeros. Returns [B, S, H D], contiguous."""
+    acc = accumulate(q.dtype)
+    query, key, value = (t.to(acc).transpose(1, 2) for t in (q, k, v))
+    scores = query @ key.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(acc)
+    weights = torch.softmax(scores, -1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
+    return (weights @ value).transpose(1, 2).flatten(2).to(q.dtype)
+
+
+@attention.gradient
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    """PyTorch's own: what trains, and what runs where it is faster than the kernels here."""
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+def _supports(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> bool | str:
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return "takes q, k and v of one dtype"
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
+        return "takes a mask that is bool or has the dtype of q"
+    return fast_dtype(q.dtype)
+
+
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, with the numbers of a head side by side: all that kernels ask for."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+@attention.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    # Not yet timed on a GPU: until a record says where the kernel is faster, it runs only when it is asked for.
+    if mask is not None or forced_backend() != "triton":
+        return _fused(q, k, v, scale, mask)
+    from diffkern.kernels.attention import attention as kernel
+
+    return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+@attention.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    if mask is not None or (forced_backend() != "cpu" and not _is_faster(q)):
+        return _fused(q, k, v, scale, mask)
+    return torch.ops.diffkern_C.attention(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _is_faster(q: Tensor) -> bool:
+    """Whether the C++ kernel is, beside PyTorch's."""
+    return q.dtype != torch.float32 or q.shape[-1] <= 256
+
+
+@attention.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.testing import make
+
+    def sample(
+        name: str, batch: int, queries: int, keys: int, heads: int, dim: int, packed: bool = False,
+        scale: float | None = None, mask: str = "", spread: float = 1.0, workload: bool = False,
+    ) -> Sample:  # fmt: skip
+        def args() -> tuple[object, ...]:
+            q = make((batch, queries, heads, dim), device, dtype) * spread
+            k, v = (make((batch, keys, heads, dim), device, dtype, seed=s) for s in (1, 2))
+            if packed and queries == keys:
+                q, k, v = torch.stack((q, k, v), 2).unbind(2)
+            elif packed:
+                k, v = torch.stack((k, v), 2).unbind(2)
+            return q, k, v, scale, masks[mask](batch, queries, keys) if mask else None
+
+        return Sample(name, args, workload)
+
+    def padding(batch: int, queries: int, keys: int) -> Tensor:  # every sample its own number of keys, the last none
+        count = torch.arange(batch - 1, -1, -1, device=device)
+        return (torch.arange(keys, device=device) < count[:, None])[:, None, None]
+
+    masks = {
+        "padding": padding,
+        "causal": lambda b, s, t: torch.ones(s, t, device=device).tril().bool(),
+        "added": lambda b, s, t: make((b, 1, s, t), device, dtype, seed=3),
+        "added, some -inf": lambda b, s, t: make((b, 1, s, t), device, dtype, seed=3).clamp(min=0).log(),
+    }
+
+    yield sample("self", 2, 5, 5, 2, 8)
+    yield sample("odd", 3, 7, 5, 3, 5, scale=0.3)
+    yield sample("packed", 2, 20, 20, 3, 8, packed=True)
+    yield sample("packed keys and values", 2, 9, 4, 2, 16, packed=True)
+    yield sample("one key", 2, 6, 1, 2, 8)
+    yield sample("one query", 2, 1, 19, 2, 8)
+    yield sample("one number", 1, 1, 1, 1, 1)
+    yield sample("no sample", 0, 4, 4, 2, 8)
+    yield sample("no query", 2, 0, 4, 2, 8)
+    yield sample("no key", 2, 3, 0, 2, 8)
+    for dim in (32, 40, 72, 80, 160):  # in one tile and in two; queries in all widths of vectors, keys in two blocks
+        yield sample(f"{dim} a head", 1, 83, 101, 1, dim, packed=True)
+    yield sample("512 a head", 1, 18, 33, 1, 512)
+    # Scores up to 100: the exponential of them overflows, and what is not near the maximum is zero.
+    yield sample("far apart", 2, 33, 130, 2, 16, spread=30.0)
+    for mask in masks:
+        yield sample(f"masked, {mask}", 1 if mask == "causal" else 2, 6, 6, 2, 8, mask=mask)
+    for side, dim in ((64, 40), (32, 80), (16, 160), (8, 160)):
+        batch = 1 if side == 64 else 2  # the reference's scores would not fit into many memories
+        yield sample(f"SD 1.5 {side}x{side}", batch, side**2, side**2, 8, dim, packed=True, workload=True)
+        yield sample(f"SD 1.5 {side}x{side}, text", 2, side**2, 77, 8, dim, packed=True, workload=True)
+    yield sample("SDXL 32x32", 1, 1024, 1024, 20, 64, packed=True, workload=True)
+    yield sample("SD 1.5 VAE 64x64", 1, 4096, 4096, 1, 512, workload=True)
+    yield sample("DiT-S/2 16x16", 4, 256, 256, 6, 64, packed=True, workload=True)
+    yield sample("DiT-XL/2 16x16", 2, 256, 256, 16, 72, packed=True, workload=True)
+    yield sample("CIFAR UNet 16x16", 8, 256, 256, 1, 256, workload=True)
+    yield sample("emoji UNet 8x8", 36, 64, 64, 4, 32, workload=True)
+    yield sample("emoji UNet 4x4", 36, 16, 16, 6, 32, workload=True)
+
+
+@attention.cost
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Cost:
+    masked = 0 if mask is None else mask.numel() * mask.element_size()
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+    return Cost(bytes=2 * (q.numel() + k.numel()) * q.element_size() + masked, flops=(4 * q.shape[3] + 5) * scores)

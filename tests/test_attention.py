@@ -1,0 +1,100 @@
+"""What attention promises beside its values: strides, masks as PyTorch means them, gradients, and any size of block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffkern
+from diffkern import attention, use_backend
+from diffkern.op import availability
+from diffkern.testing import check, make
+
+BACKENDS = [b for b in ("cpu", "triton", "reference") if availability(b) is None]
+
+
+def qkv(batch=2, queries=7, keys=9, heads=3, dim=8, dtype=torch.float32):
+    shapes = ((batch, queries, heads, dim), (batch, keys, heads, dim), (batch, keys, heads, dim))
+    return tuple(make(shape, "cpu", dtype, seed=s) for s, shape in enumerate(shapes))
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_change_nothing(backend, dtype):
+    """Heads or tokens outside, a slice of a longer sequence, and numbers that are not neighbours."""
+    plain = qkv(dtype=dtype)
+    ways = {
+        "heads outside": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "tokens outside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        "a slice": lambda t: F.pad(t, (3, 5, 0, 1, 2, 2))[:, 2:-2, :-1, 3:-5],
+        "numbers apart": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        "one head for all": lambda t: t[:, :, :1].expand(-1, -1, 3, -1),
+    }
+    with use_backend(backend):
+        for name, way in ways.items():
+            dense = tuple(t[:, :, :1].repeat(1, 1, 3, 1) for t in plain) if name == "one head for all" else plain
+            assert torch.equal(attention(*map(way, plain)), attention(*dense)), name
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_a_query_that_attends_to_nothing_gets_zeros(backend):
+    q, k, v = qkv()
+    allowed = torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    allowed[1, :, 3] = False
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    heads_outside = (t.transpose(1, 2) for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(*heads_outside, attn_mask=allowed).transpose(1, 2)  # type: ignore[misc]
+    with use_backend(backend):
+        for mask in (allowed, added):
+            out = attention(q, k, v, mask=mask)
+            torch.testing.assert_close(out, expected.flatten(2))
+            assert (out[1, 3] == 0).all()
+        assert (attention(q, k[:, :0], v[:, :0]) == 0).all()
+
+
+def test_gradients_equal_finite_differences_in_every_input():
+    q, k, v = (t.double().requires_grad_() for t in qkv(1, 3, 4, 2, 3))
+    mask = make((1, 2, 3, 4), "cpu", torch.float64, seed=3)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, 0.7, mask), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask=mask > 0), (q, k, v))
+
+
+def test_gradients_are_the_references():
+    def gradients(function):
+        inputs = [t.requires_grad_() for t in qkv()]
+        (function(*inputs, None, None) * make((2, 7, 24), "cpu", torch.float32, seed=5)).sum().backward()
+        return [t.grad for t in inputs]
+
+    for got, expected in zip(gradients(attention), gradients(attention.reference), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
+@pytest.mark.parametrize("queries", [1, 15, 16, 17, 33, 48, 64, 65, 130])
+@pytest.mark.parametrize("keys", [1, 77, 96, 97, 200])
+def test_blocks_of_every_size(queries, keys):
+    """Vectors of queries that are full or not, and one block of keys or several."""
+    check(diffkern.op.OPS["attention"], "cpu", (*qkv(3, queries, keys, 5, 24), None, None))
+
+
+@pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
+def test_keys_that_are_not_held_in_the_cache_at_once():
+    """Many and wide keys are gathered a block at a time, few ones once for all queries of a head."""
+    for keys in (490, 510):  # of 528 floats each: on both sides of the limit
+        check(diffkern.op.OPS["attention"], "cpu", (*qkv(1, 70, keys, 1, 512), None, None))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_finite_stays_in_its_head(which, value):
+    inputs = qkv()
+    inputs[which][1, 2, 1, 0] = value
+    expected = attention.reference(*inputs)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            out = attention(*inputs)
+        torch.testing.assert_close(out, expected, equal_nan=True)
+        assert out[0].isfinite().all()
+        assert out[1, :, :8].isfinite().all()
