@@ -30,7 +30,7 @@ from diffkern import native
 from diffkern.layout import dense
 
 OPS: dict[str, Op] = {}
-BACKENDS = ("cpu", "triton", "cuda", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 
 _LIBRARY = torch.library.Library("diffkern", "DEF")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("diffkern_backend", default=None)
@@ -70,6 +70,7 @@ class Backend:
     run: Callable[..., Any]
     devices: tuple[str, ...] = ()
     supports: Callable[..., bool | str] | None = None
+    as_given: bool = False
 
     def why_not(self, args: tuple[Any, ...]) -> str | None:
         """The reason that this backend cannot run on `args`, or None when it can."""
@@ -105,13 +106,13 @@ class Op:
 
     reference: Callable[..., Any]
     backends: list[Backend] = field(default_factory=list)
-    grad: type[torch.autograd.Function] | None = None
+    train: Callable[..., Any] | None = None
     make_samples: Callable[[str, torch.dtype], Iterator[Sample]] = _no_samples
     count_cost: Callable[..., Cost] = _no_cost
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__
-        self.fallback = Backend("reference", self.reference)
+        self.fallback = Backend("reference", self.reference, as_given=True)
         self.__doc__ = self.reference.__doc__
         self.signature = inspect.signature(self.reference)
         # Defaults are filled in by __call__: the dispatcher would drop trailing arguments that equal theirs.
@@ -126,7 +127,7 @@ class Op:
             args = self.bind(*args, **kwargs)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             # Without a gradient of its own an op trains through its reference, which is differentiable and right.
-            return self.reference(*args) if self.grad is None else self.grad.apply(*args)
+            return (self.train or self.reference)(*args)
         return self.overload(*args)
 
     def __repr__(self) -> str:
@@ -139,22 +140,34 @@ class Op:
         return bound.args
 
     def backend(
-        self, name: str, *, devices: tuple[str, ...], supports: Callable[..., bool | str] | None = None
+        self,
+        name: str,
+        *,
+        devices: tuple[str, ...],
+        supports: Callable[..., bool | str] | None = None,
+        as_given: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the next backend in order of preference. `supports(*args)` is True or the reason why not; it says
-        *can* (dtype, layout, capability), never *want*."""
+        *can* (dtype, layout, capability), never *want*. With `as_given` it takes tensors of any strides itself: what
+        knows a weight by its identity must not be handed a dense copy."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             assert name in BACKENDS, f"{name} is not one of {BACKENDS}"
-            self.backends.append(Backend(name, run, devices, supports))
+            self.backends.append(Backend(name, run, devices, supports, as_given))
             return run
 
         return register
 
     def gradient(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
         """Register the gradient: an autograd.Function that takes the op's arguments, entered when one needs it."""
-        self.grad = function
+        self.train = function.apply
         return function
+
+    def trains_with(self, compose: Callable[..., Any]) -> Callable[..., Any]:
+        """Register what runs in place of the reference when a gradient is needed: a differentiable composition of the
+        same meaning that is faster, for one in the tensors' own dtype."""
+        self.train = compose
+        return compose
 
     def samples(self, make: Callable[[str, torch.dtype], Iterator[Sample]]) -> None:
         """Register the sample calls: a generator of `Sample` for a device and a dtype."""
@@ -186,7 +199,7 @@ class Op:
 
     def _dispatch(self, *args: Any) -> Any:
         backend = self.choose(args)
-        return backend.run(*(args if backend.name == "reference" else dense(args)))
+        return backend.run(*(args if backend.as_given else dense(args)))
 
 
 def op(reference: Callable[..., Any]) -> Op:

@@ -20,6 +20,7 @@ from diffkern.testing import make, tensors, ulp
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("cpu", "triton", "reference")
 MEMORY = ("contiguous", "channels_last")
+PRODUCTS = ("linear", "conv2d")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -184,6 +185,10 @@ def alone(op: Any, args: tuple[Any, ...], i: int, batch: int) -> tuple[Any, ...]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_sample_alone_equals_the_sample_in_a_batch(op, dtype, backend):
+    if not any(b.name == backend for b in op.all_backends()):
+        pytest.skip(f"{op.name} has no {backend} backend")
+    if backend == "reference" and op.name in PRODUCTS:
+        pytest.skip("PyTorch's own products choose the order of a sum by the size of the batch")
     for name, args, batch in calls(op, dtype, workloads=False):
         together = tensors(op(*args))
         for i in range(batch) if backend == "cpu" else (batch - 1,):
