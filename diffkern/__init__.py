@@ -4,7 +4,19 @@ from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.op import BackendError, explain, use_backend
-from diffkern.ops import Draw, add_noise, attention, group_norm_silu, noise_keys, randn, reparameterize, sampler_step
+from diffkern.ops import (
+    Draw,
+    add_noise,
+    attention,
+    conv2d,
+    group_norm_silu,
+    linear,
+    noise_keys,
+    randn,
+    reparameterize,
+    sampler_step,
+)
+from diffkern.packing import prepare
 from diffkern.samplers import SAMPLERS, Row, Table, make_table
 from diffkern.samplers.loop import Progress, sample
 from diffkern.schedules import Schedule
@@ -25,11 +37,14 @@ __all__ = [
     "add_noise",
     "attention",
     "bundled",
+    "conv2d",
     "explain",
     "group_norm_silu",
+    "linear",
     "load",
     "make_table",
     "noise_keys",
+    "prepare",
     "randn",
     "reparameterize",
     "sample",

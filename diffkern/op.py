@@ -30,7 +30,7 @@ from diffkern import native
 from diffkern.layout import dense
 
 OPS: dict[str, Op] = {}
-BACKENDS = ("cpu", "triton", "cuda", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 
 _LIBRARY = torch.library.Library("diffkern", "DEF")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("diffkern_backend", default=None)
@@ -164,7 +164,7 @@ class Op:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the next backend in order of preference. `supports(*args)` is True or the reason why not; it says
         *can* (dtype, layout, capability), never *want*. It is given dense tensors in the layout of the first one, or
-        with `strided` the tensors as they are."""
+        with `strided` the tensors as they are: what knows a weight by its identity must not get a dense copy."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             assert name in BACKENDS, f"{name} is not one of {BACKENDS}"

@@ -133,7 +133,7 @@ def _tool(name: str, *args: str) -> str:
 
 def main(archs: list[int]) -> None:
     # The first architecture gets every launch, the others one of each kernel.
-    for name in OPS:
+    for name in (name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends)):
         others: dict[str, str] = {}
         for label, launch in launches(name).items():
             first = others.setdefault(launch.kernel.__name__, label) == label

@@ -20,6 +20,11 @@ def step(**other) -> tuple:
     return tuple(other.get(name, a) for name, a in zip(OPS["sampler_step"].signature.parameters, STEP, strict=True))
 
 
+def conv(**other) -> tuple:
+    args = {"x": X, "weight": torch.ones(3, 4, 3, 3), **other}
+    return OPS["conv2d"].bind(**args)
+
+
 WRONG = [
     ("randn", (KEYS[:, :1], [4], 0, torch.float32, 0), r"keys must be contiguous int64 \[2, 2\], got \[2, 1\]"),
     ("randn", (KEYS.int(), [4], 0, torch.float32, 0), r"keys must be contiguous int64 \[2, 2\]"),
@@ -46,6 +51,20 @@ WRONG = [
     ("attention", (Q, Q[:, :, :1], Q, None, None), r"k must be \[2, 5, 3, 8\], got \[2, 5, 1, 8\]"),
     ("group_norm_silu", (X, 3, None, None, 1e-5, True), "num_groups is 3, allowed are the divisors of the 4 channels"),
     ("group_norm_silu", (X, 0, None, None, 1e-5, True), "num_groups is 0"),
+    ("linear", (X, torch.ones(3, 5), None, "none", None, None), r"weight must be \[N, 6\], got \[3, 5\]"),
+    ("linear", (X, torch.ones(3, 6), None, "geglu", None, None), r"weight must be \[2 N, 6\], got \[3, 6\]"),
+    ("linear", (X, torch.ones(3, 6), torch.ones(4), "none", None, None), r"bias must be \[3\], got \[4\]"),
+    ("linear", (X, torch.ones(3, 6), None, "relu", None, None), "activation must be one of none, silu, .*'relu'"),
+    ("linear", (X, torch.ones(3, 6), None, "none", X, None), r"residual must be \[2, 4, 6, 3\], got \[2, 4, 6, 6\]"),
+    ("linear", (X, torch.ones(3, 6), None, "none", None, torch.ones(3)), r"gate must be \[2, 3\], got \[3\]"),
+    ("conv2d", conv(weight=torch.ones(3, 5, 3, 3)), r"weight must be \[N, 4, R, S\], got \[3, 5, 3, 3\]"),
+    ("conv2d", conv(bias=torch.ones(4)), r"bias must be \[3\], got \[4\]"),
+    ("conv2d", conv(stride=0), "stride must be 1 and above, got 0"),
+    ("conv2d", conv(padding=[1, 1]), r"padding must be None, one number or four, .* got \[1, 1\]"),
+    ("conv2d", conv(weight=torch.ones(3, 4, 9, 9), padding=[0]), "x must be at least as large as the kernel"),
+    ("conv2d", conv(add=torch.ones(2, 4)), r"add must be \[2, 3\], got \[2, 4\]"),
+    ("conv2d", conv(residual=X), r"residual must be \[2, 3, 6, 6\], got \[2, 4, 6, 6\]"),
+    ("conv2d", conv(activation="gelu"), "activation must be none or silu, got 'gelu'"),
     ("group_norm_silu", (X, 2, torch.ones(3), torch.ones(3), 1e-5, True), r"weight must be \[4\], got \[3\]"),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, X[:, :, 0, 0][:, :3]), r"add must be \[2, 4\], got \[2, 3\]"),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, X[:1, :, 0, 0], X[:, :, 0, 0]), "scale must be "),

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from diffkern.kernels import common
 
+KERNELS = sorted(name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TWINS = sorted(name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends))
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks inside Triton's interpreter")
 
 
@@ -143,6 +143,8 @@ def _alone(name: str, args: tuple[object, ...], i: int) -> list[object]:
         "add_noise": (2,),
         "group_norm_silu": (2, 3),
         "group_norm_silu_backward": (3, 4),
+        "linear": (1, 2),
+        "conv2d": (1, 2),
         "sampler_step": (2,),
     }.get(name, ())
 
@@ -156,7 +158,7 @@ def _alone(name: str, args: tuple[object, ...], i: int) -> list[object]:
     return [pick(j, a) for j, a in enumerate(args)]
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_sample_alone_equals_itself_in_a_batch(name):
     for sample in small(name, torch.float16):
         args = sample.args()
@@ -207,7 +209,7 @@ def test_a_nan_passes_through_the_clip():
     assert run("sampler_step", *args)[0].isnan().sum() == 1
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_no_kernel_touches_memory_around_its_tensors(name, monkeypatch):
     """Every tensor lies between NaNs: one read into the result or overwritten is seen."""
     guard, guarded = 4096, []
@@ -300,7 +302,7 @@ def test_group_norm_over_many_chunks(monkeypatch, layout, shape, groups):
 
 
 @interpreted
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_programs_may_run_in_any_order(name, monkeypatch):
     """Two programs that write one element disagree with themselves when run backwards."""
     from triton.runtime.interpreter import InterpreterBuilder

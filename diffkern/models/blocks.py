@@ -4,18 +4,33 @@ its weights load as they are; channels_last from end to end."""
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.ops.attention import attention
+from diffkern.ops.conv2d import conv2d
 from diffkern.ops.group_norm_silu import group_norm_silu
+from diffkern.ops.linear import linear
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor) -> Tensor:
     """GroupNorm with the module's parameters, then SiLU, in one op. more: `add`, `scale` and `shift` of that op."""
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, **more)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
+    """A convolution with the module's parameters and what follows it, in one op."""
+    padding = None if conv.padding[0] == conv.kernel_size[0] // 2 else [0, 1, 0, 1]  # DDPM's downsampling
+    return conv2d(x, conv.weight, conv.bias, conv.stride[0], padding, residual=residual, upsample=upsample)
+
+
+def project(layer: nn.Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A linear layer with the module's parameters and a residual, in one op. For tokens: a few rows, as of the time
+    embedding, take less time in PyTorch than the choice of a backend does."""
+    return linear(x, layer.weight, layer.bias, "none", residual)
 
 
 def sinusoids(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -63,16 +78,16 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x: [B, C, H, W]. emb: [B, time_dim], SiLU already applied. Returns [B, out_channels, H, W]."""
-        h = self.conv1(norm_silu(self.norm1, x))
+        h = convolve(self.conv1, norm_silu(self.norm1, x))
         time = self.time_emb_proj(emb)
         if self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             h = norm_silu(self.norm2, h, scale=scale, shift=shift)
         else:
             h = norm_silu(self.norm2, h, add=time)
-        h = self.conv2(F.dropout(h, self.dropout, self.training))
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return (shortcut + h) / self.output_scale if self.output_scale != 1 else shortcut + h
+        shortcut = x if self.conv_shortcut is None else convolve(self.conv_shortcut, x)
+        h = convolve(self.conv2, F.dropout(h, self.dropout, self.training), shortcut)
+        return h / self.output_scale if self.output_scale != 1 else h
 
 
 class Attention(nn.Module):
@@ -90,9 +105,14 @@ class Attention(nn.Module):
         b, c, height, width = x.shape
         # channels_last, so that this view of the pixels as a sequence [B, H W, C] moves nothing
         tokens = norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(b, height * width, c)
-        q, k, v = (proj(tokens).unflatten(-1, (-1, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v))
-        out = self.to_out[0](attention(q, k, v)).reshape(b, height, width, c).permute(0, 3, 1, 2)
-        return (x + out) / self.output_scale if self.output_scale != 1 else x + out
+        q, k, v = (
+            project(proj, tokens).unflatten(-1, (-1, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v)
+        )
+        out = project(
+            cast(nn.Linear, self.to_out[0]), attention(q, k, v), x.permute(0, 2, 3, 1).reshape(b, height * width, c)
+        )
+        out = out.reshape(b, height, width, c).permute(0, 3, 1, 2)
+        return out / self.output_scale if self.output_scale != 1 else out
 
 
 class Downsample(nn.Module):
@@ -102,7 +122,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halves H and W. Padding 0 means one row and column of zeros at the end only, as in the DDPM weights."""
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return convolve(self.conv, x)
 
 
 class Upsample(nn.Module):
@@ -112,4 +132,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Doubles H and W."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return convolve(self.conv, x, upsample=True)

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.models import folder
-from diffkern.models.blocks import Attention, Downsample, ResnetBlock, TimestepEmbedding, Upsample, norm_silu, sinusoids
+from diffkern.models.blocks import (
+    Attention,
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    convolve,
+    norm_silu,
+    sinusoids,
+)
 
 
 @dataclass(frozen=True)
@@ -198,7 +207,7 @@ class UNet2D(nn.Module):
             raise ValueError(f"this model {needs}")
         c = self.config
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.conv_in(2 * x - 1 if c.center_input_sample else x)
+        x = convolve(self.conv_in, 2 * x - 1 if c.center_input_sample else x)
         t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
         emb = self.time_embedding(sinusoids(t, self.conv_in.out_channels, c.flip_sin_to_cos, c.freq_shift).to(x.dtype))
         if self.class_embedding is not None and class_labels is not None:
@@ -220,7 +229,7 @@ class UNet2D(nn.Module):
                 x = up.layer(i, torch.cat([x, skips.pop()], dim=1), emb)
             if up.upsamplers is not None:
                 x = up.upsamplers[0](x)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return convolve(self.conv_out, norm_silu(self.conv_norm_out, x))
 
     @staticmethod
     def _levels(blocks: nn.ModuleList) -> Iterator[_Level]:

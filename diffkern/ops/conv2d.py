@@ -1,0 +1,245 @@
+"""The convolution of UNets and VAEs with what follows it: the time embedding, SiLU and the residual; or with
+nearest-neighbour upsampling in front of it, as 2 x 2 convolutions of the small picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffkern.layout import accumulate, fast_dtype, memory_format
+from diffkern.op import Cost, Sample, op
+from diffkern.ops.linear import ACTIVATIONS, activate
+from diffkern.packing import compute_dtype, packed
+
+
+def _sides(padding: Sequence[int] | None, weight: Tensor) -> tuple[int, int, int, int]:
+    """Padding as F.pad takes it: left, right, top, bottom."""
+    if padding is None:
+        height, width = weight.shape[2] // 2, weight.shape[3] // 2
+        return width, width, height, height
+    left, right, top, bottom = padding if len(padding) == 4 else (padding[0],) * 4
+    return left, right, top, bottom
+
+
+@op
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: Sequence[int] | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    upsample: bool = False,
+) -> Tensor:
+    """activation(conv2d(x) + bias + add) + residual, rounded once.
+
+    x: [B, C, H, W], contiguous or channels_last. weight: [N, C, R, S]. bias: [N] or None. padding, with zeros: one
+    number, four for the left, right, top and bottom, or None for half the kernel. upsample: H and W are doubled first,
+    by repeating pixels. add: [B, N] or None, one row a sample, such as a time embedding. residual: [B, N, H', W'] or
+    None. activation: "none" or "silu". Returns [B, N, H', W'], dtype and layout of x."""
+    acc = accumulate(x.dtype)
+    bias, add, residual = (None if t is None else t.to(acc) for t in (bias, add, residual))
+    y = _convolve(x.to(acc), weight.to(acc), bias, stride, padding, add, residual, activation, upsample)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> Tensor:  # fmt: skip
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
+    left, right, top, bottom = sides = _sides(padding, weight)
+    if left != right or top != bottom:
+        x, left, top = F.pad(x, sides), 0, 0
+    y = F.conv2d(x, weight, bias, stride, (top, left))
+    y = activate(y if add is None else y + add[:, :, None, None], activation)
+    return y if residual is None else y + residual
+
+
+def _supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> bool | str:  # fmt: skip
+    for t in (weight, bias, add, residual):
+        if t is not None and t.dtype != x.dtype:
+            return "takes tensors of one dtype"
+    return fast_dtype(x.dtype)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> list[int]:  # fmt: skip
+    """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
+
+    def refuse(name: str, must: str, got: object) -> None:
+        raise RuntimeError(f"diffkern::conv2d: {name} must be {must}, got {got}")
+
+    if x.dim() != 4:
+        refuse("x", "[B, C, H, W]", list(x.shape))
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        refuse("weight", f"[N, {x.shape[1]}, R, S]", list(weight.shape))
+    if padding is not None and (len(padding) not in (1, 4) or min(padding) < 0):
+        refuse("padding", "None, one number or four, 0 and above", list(padding))
+    if stride < 1:
+        refuse("stride", "1 and above", stride)
+    if activation not in ("none", "silu"):
+        refuse("activation", "none or silu", repr(activation))
+    if bias is not None and bias.shape != weight.shape[:1]:
+        refuse("bias", str(list(weight.shape[:1])), list(bias.shape))
+    left, right, top, bottom = _sides(padding, weight)
+    height, width = (s * 2 if upsample else s for s in x.shape[2:])
+    if height + top + bottom < weight.shape[2] or width + left + right < weight.shape[3]:
+        refuse("x", f"at least as large as the kernel {list(weight.shape[2:])}", list(x.shape))
+    shape = [x.shape[0], weight.shape[0]]
+    if add is not None and list(add.shape) != shape:
+        refuse("add", str(shape), list(add.shape))
+    shape.append((height + top + bottom - weight.shape[2]) // stride + 1)
+    shape.append((width + left + right - weight.shape[3]) // stride + 1)
+    if residual is not None and list(residual.shape) != shape:
+        refuse("residual", str(shape), list(residual.shape))
+    return shape
+
+
+@conv2d.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> Tensor:  # fmt: skip
+    _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    if not x.numel() or not weight.numel():
+        return compose(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    layout, dtype, given = memory_format(x), compute_dtype(x.dtype, convolution=True), x.dtype
+    left, right, top, bottom = sides = _sides(padding, weight)
+    quarters = upsample and stride == 1 and sides == (1, 1, 1, 1) and tuple(weight.shape[2:]) == (3, 3)
+    if upsample and not quarters:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    if left != right or top != bottom:  # oneDNN could, PyTorch does not ask it to
+        x, left, top = F.pad(x, sides), 0, 0
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.to(dtype)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    if quarters:
+        y = _upsampled(x, weight, bias, dtype)
+    else:
+        place = ([top, left], [stride, stride], [1, 1], 1)
+        copy = packed(weight, ("conv2d", dtype, stride, top, left), lambda: _pack(weight.detach(), dtype, *place))
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        if dtype == given and add is None and residual is None:
+            y = convolve(x, copy, bias, *place, "swish" if activation == "silu" else "none", [], "")
+            return y.contiguous(memory_format=layout)
+        if dtype == given and add is None and activation == "none":
+            y = convolve.binary(x, residual, copy, bias, *place, "add", 1.0, None, [], None)
+            return y.contiguous(memory_format=layout)
+        y = convolve(x, copy, bias, *place, "none", [], "").permute(0, 2, 3, 1).contiguous()
+    out = y
+    if dtype != given or activation != "none" or add is not None or residual is not None:
+        out = y if dtype == given else torch.empty(y.shape, dtype=given)
+        residual = None if residual is None else residual.permute(0, 2, 3, 1).contiguous()
+        add = None if add is None else add.contiguous()
+        torch.ops.diffkern_C.epilogue(out, y, add, list(ACTIVATIONS).index(activation), None, residual)
+    return out.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+
+
+def _pack(weight: Tensor, dtype: torch.dtype, *place: object) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype).contiguous(), *place, None)
+
+
+def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The 3 x 3 convolution of a doubled picture: [B, 2 H, 2 W, N]. A pixel of the result sees two rows and two columns
+    of the small picture, so that sums of the weight's rows and columns, four kernels of 2 x 2 for the four positions in
+    a doubled pixel, take 4/9 of the work; all are one convolution, of (H + 1) (W + 1) pixels."""
+    batch, _, height, width = x.shape
+    n, place = len(weight), ([1, 1], [1, 1], [1, 1], 1)
+    copy = packed(weight, ("conv2d upsampled", dtype), lambda: _pack(quarters_of(weight.detach()), dtype, *place))
+    bias = None if bias is None else bias.repeat(4)
+    four = torch.ops.mkldnn._convolution_pointwise(x, copy, bias, *place, "none", [], "")
+    four = four.permute(0, 2, 3, 1)
+    y = torch.empty(batch, height, 2, width, 2, n, dtype=dtype)
+    for i, (a, b) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        y[:, :, a, :, b] = four[:, a : a + height, b : b + width, i * n : (i + 1) * n]
+    return y.view(batch, 2 * height, 2 * width, n)
+
+
+def quarters_of(weight: Tensor) -> Tensor:
+    """[N, C, 3, 3] -> [4 N, C, 2, 2], the kernels of the upper left, upper right, lower left and lower right pixel."""
+
+    def pairs(w: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        first, middle, last = w.unbind(axis)
+        return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
+
+    return torch.cat([quarter for half in pairs(weight.to(accumulate(weight.dtype)), 2) for quarter in pairs(half, 3)])
+
+
+@conv2d.gradient
+@conv2d.backend("torch", devices=("cpu", "cuda"), strided=True)
+def compose(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> Tensor:  # fmt: skip
+    """PyTorch's kernels in the tensors' own dtype: the reference's float32 copies would cost more than they give."""
+    y = _convolve(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    return y.contiguous(memory_format=memory_format(x))
+
+
+@conv2d.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.testing import make
+
+    def sample(
+        name: str, shape: tuple[int, ...], n: int, kernel: int = 3, stride: int = 1,
+        padding: Sequence[int] | None = None, extras: str = "bias", activation: str = "none", upsample: bool = False,
+        layout: str = "channels_last", workload: bool = False,
+    ) -> Sample:  # fmt: skip
+        def args() -> tuple[object, ...]:
+            weight = make((n, shape[1], kernel, kernel), device, dtype, "channels_last", seed=1)
+            weight /= (shape[1] * kernel * kernel) ** 0.5
+            bias = make((n,), device, dtype, seed=2) if "bias" in extras else None
+            add = make((shape[0], n), device, dtype, seed=3) if "add" in extras else None
+            left, right, top, bottom = _sides(padding, weight)
+            height, width = (s * 2 if upsample else s for s in shape[2:])
+            size = ((height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1)
+            residual = make((shape[0], n, *size), device, dtype, layout, seed=4) if "residual" in extras else None
+            x = make(shape, device, dtype, layout)
+            return x, weight, bias, stride, padding, add, residual, activation, upsample
+
+        return Sample(name, args, workload)
+
+    everything = "bias add residual"
+    for layout in ("channels_last", "contiguous", "strided"):
+        yield sample(f"a ResNet block, {layout}", (2, 8, 6, 6), 16, layout=layout)
+        yield sample(f"odd, {layout}", (3, 5, 7, 9), 3, extras=everything, activation="silu", layout=layout)
+        yield sample(f"upsample, {layout}", (2, 6, 4, 3), 5, upsample=True, layout=layout)
+    yield sample("residual", (3, 8, 5, 5), 8, extras="bias residual")
+    yield sample("add", (3, 8, 5, 5), 8, extras="add")
+    yield sample("silu", (2, 8, 5, 5), 8, activation="silu")
+    yield sample("one by one", (2, 12, 5, 7), 6, 1, extras=everything)
+    yield sample("stride", (2, 6, 8, 8), 6, stride=2)
+    yield sample("stride, padding at the end", (2, 6, 8, 10), 6, stride=2, padding=[0, 1, 0, 1])
+    yield sample("upsample, everything", (2, 6, 5, 4), 7, extras=everything, activation="silu", upsample=True)
+    yield sample("upsample, one by one", (2, 6, 3, 4), 4, 1, upsample=True)
+    yield sample("one channel", (2, 1, 6, 6), 3)
+    yield sample("one pixel", (2, 7, 1, 1), 4, extras=everything)
+    yield sample("no sample", (0, 3, 5, 5), 4, extras=everything)
+    yield sample("CIFAR UNet 16x16", (8, 256, 16, 16), 256, extras="bias residual", workload=True)
+    yield sample("CIFAR UNet down 32x32", (8, 128, 32, 32), 128, stride=2, padding=[0, 1, 0, 1], workload=True)
+    yield sample("CIFAR UNet up 8x8", (8, 256, 8, 8), 256, upsample=True, workload=True)
+    yield sample("CIFAR UNet shortcut 8x8", (8, 512, 8, 8), 256, 1, workload=True)
+    yield sample("SD 1.5 VAE up 64x64", (1, 512, 64, 64), 512, upsample=True, workload=True)
+
+
+@conv2d.cost
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> Cost:  # fmt: skip
+    shape = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    pixels = shape[0] * shape[2] * shape[3]
+    numbers = x.numel() + weight.numel() + pixels * shape[1] * (1 if residual is None else 2)
+    flops = 2 * pixels * weight.numel()
+    return Cost(bytes=numbers * x.element_size(), flops=flops * 4 // 9 if upsample and weight.shape[2] == 3 else flops)

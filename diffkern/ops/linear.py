@@ -1,0 +1,209 @@
+"""The linear layer with what follows it in a transformer block: an activation, among them the gated linear units GEGLU
+and SwiGLU (Shazeer 2020), adaLN's gate (Peebles & Xie 2023) and the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffkern.layout import accumulate, fast_dtype
+from diffkern.op import Cost, Sample, op
+from diffkern.packing import compute_dtype, packed
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "geglu": lambda y: _halves(y, F.gelu),
+    "swiglu": lambda y: _halves(y, F.silu),
+}
+GATED = ("geglu", "swiglu")
+
+
+def _halves(y: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    value, gate = y.chunk(2, dim=-1)
+    return value * activation(gate)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """An activation by its name. Raises RuntimeError naming those there are."""
+    if activation not in ACTIVATIONS:
+        raise RuntimeError(f"activation is {activation!r}, allowed are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation](y)
+
+
+def _gate_rows(gate: Tensor, x: Tensor) -> Tensor:
+    """gate [B, N] beside x [B, ..., K]."""
+    return gate.reshape(gate.shape[0], *(1,) * (x.dim() - 2), gate.shape[-1])
+
+
+@op
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """activation(x weight^T + bias) * gate + residual, rounded once.
+
+    x: [B, ..., K]. weight: [N, K], bias: [N] or None; twice as many rows for "geglu" and "swiglu", whose result is
+    value * gelu(g) or value * silu(g) with the first half of the features as value and the second as g. activation:
+    "none", "silu", "gelu", "gelu_tanh", "geglu" or "swiglu". residual: [B, ..., N] or None. gate: [B, N] or None, one
+    row a sample. Returns [B, ..., N], contiguous, dtype of x."""
+    acc = accumulate(x.dtype)
+    y = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+    y = activate(y, activation)
+    if gate is not None:
+        y = y * _gate_rows(gate, x).to(acc)
+    if residual is not None:
+        y = y + residual.to(acc)
+    return y.to(x.dtype).contiguous()
+
+
+def _supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> bool | str:
+    for t in (weight, bias, residual, gate):
+        if t is not None and t.dtype != x.dtype:
+            return "takes tensors of one dtype"
+    return fast_dtype(x.dtype)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> list[int]:
+    """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
+
+    def refuse(name: str, must: str, got: object) -> None:
+        raise RuntimeError(f"diffkern::linear: {name} must be {must}, got {got}")
+
+    if x.dim() < 2:
+        refuse("x", "[B, ..., K]", list(x.shape))
+    if activation not in ACTIVATIONS:
+        refuse("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    rows, k = f"{'2 ' * (activation in GATED)}N", x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != k or (activation in GATED and weight.shape[0] % 2):
+        refuse("weight", f"[{rows}, {k}]", list(weight.shape))
+    if bias is not None and bias.shape != weight.shape[:1]:
+        refuse("bias", str(list(weight.shape[:1])), list(bias.shape))
+    n = weight.shape[0] // (2 if activation in GATED else 1)
+    shape = [*x.shape[:-1], n]
+    if residual is not None and list(residual.shape) != shape:
+        refuse("residual", str(shape), list(residual.shape))
+    if gate is not None and gate.shape != (x.shape[0], n):
+        refuse("gate", str([x.shape[0], n]), list(gate.shape))
+    return shape
+
+
+# The activations that oneDNN applies to its accumulators: its name, scalars and algorithm. Its tanh form of GELU takes
+# longer than the epilogue's pass over memory, 1.2 times as long for the whole layer.
+_POST_OPS: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+}
+# The number of rows that a weight is packed for. The layout is that of all larger numbers and as good for 36; the one
+# for a single row is 2 to 10 % slower from 1024 rows on.
+_ROWS = 256
+# Beyond this many features oneDNN sums a single row in another order than the rows of a batch: it is given two.
+_LONG = 1024
+
+
+@linear.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    shape = _check(x, weight, bias, activation, residual, gate)
+    if not x.numel() or not weight.numel():
+        return compose(x, weight, bias, activation, residual, gate)
+    dtype, multiply = compute_dtype(x.dtype), torch.ops.mkldnn._linear_pointwise
+    copy = packed(weight, ("linear", dtype), lambda: _pack(weight, dtype))
+    bias = None if bias is None else bias.to(dtype)
+    n, k = x.numel() // x.shape[-1], x.shape[-1]
+    padded = 2 if n == 1 and k > _LONG else n
+    rows = x.reshape(n, k).to(dtype).expand(padded, k).contiguous()
+    residual = None if residual is None else residual.reshape(n, -1).expand(padded, -1).contiguous()
+    if dtype == x.dtype and gate is None:
+        if residual is None and activation in _POST_OPS:
+            return multiply(rows, copy, bias, *_POST_OPS[activation])[:n].view(shape)
+        if residual is not None and activation == "none":
+            return multiply.binary(rows, residual, copy, bias, "add")[:n].view(shape)
+    y = multiply(rows, copy, bias, *_POST_OPS["none"])[:n]
+    out = torch.empty(n, shape[-1], dtype=x.dtype) if dtype != x.dtype or activation in GATED else y
+    gate = None if gate is None else gate.contiguous()
+    residual = None if residual is None else residual[:n]
+    torch.ops.diffkern_C.epilogue(out, y, None, list(ACTIVATIONS).index(activation), gate, residual)
+    return out.view(shape)
+
+
+def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), _ROWS)
+
+
+@linear.gradient
+@linear.backend("torch", devices=("cpu", "cuda"), strided=True)
+def compose(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    """PyTorch's kernels in the tensors' own dtype: the reference's float32 copies would cost more than they give."""
+    y = activate(F.linear(x, weight, bias), activation)
+    y = y if gate is None else y * _gate_rows(gate, x)
+    return (y if residual is None else y + residual).contiguous()
+
+
+@linear.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.testing import make
+
+    def sample(
+        name: str, shape: tuple[int, ...], n: int, activation: str = "none", extras: str = "bias",
+        layout: str = "contiguous", workload: bool = False,
+    ) -> Sample:  # fmt: skip
+        def args() -> tuple[object, ...]:
+            rows = n * (2 if activation in GATED else 1)
+            weight = (
+                make((rows, shape[-1]), device, dtype, "strided" if layout == "strided" else "contiguous", seed=1)
+                / max(1, shape[-1]) ** 0.5
+            )
+            bias = make((rows,), device, dtype, seed=2) if "bias" in extras else None
+            residual = make((*shape[:-1], n), device, dtype, layout, seed=3) if "residual" in extras else None
+            gate = make((shape[0], n), device, dtype, seed=4) if "gate" in extras else None
+            return make(shape, device, dtype, layout), weight, bias, activation, residual, gate
+
+        return Sample(name, args, workload)
+
+    yield sample("plain", (3, 5, 24), 16)
+    for activation in ACTIVATIONS:
+        yield sample(f"{activation}, odd", (3, 7, 33), 17, activation, "")
+        yield sample(f"{activation}, everything", (2, 5, 40), 24, activation, "bias residual gate")
+    yield sample("residual", (2, 9, 32), 48, extras="bias residual")
+    yield sample("gate", (3, 4, 16), 8, extras="gate")
+    yield sample("strided", (3, 6, 20), 12, "gelu", "bias residual", layout="strided")
+    yield sample("rows", (5, 64), 10, "silu", "bias gate residual")
+    yield sample("a picture", (2, 3, 5, 8), 6, "none", "gate residual", layout="channels_last")
+    yield sample("a long row", (3, 1, 1100), 7, "gelu")  # of a batch and alone: oneDNN has two kernels
+    yield sample("wider than a run", (2, 2, 8), 1040, "geglu", "bias residual gate")
+    yield sample("one element", (1, 1, 1), 1)
+    yield sample("no sample", (0, 3, 8), 4, "silu", "bias residual gate")
+    yield sample("no token", (2, 0, 8), 4, "geglu")
+    yield sample("DiT-S/2 MLP in", (4, 256, 384), 1536, "gelu_tanh", workload=True)
+    yield sample("DiT-S/2 MLP out", (4, 256, 1536), 384, extras="bias residual gate", workload=True)
+    yield sample("SD 1.5 GEGLU 32x32", (2, 1024, 640), 2560, "geglu", workload=True)
+    yield sample("CIFAR UNet attention 16x16", (8, 256, 256), 256, extras="bias residual", workload=True)
+    yield sample("emoji UNet time embedding", (36, 128), 512, "silu", workload=True)
+
+
+@linear.cost
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> Cost:
+    tokens = x.numel() // max(1, x.shape[-1])
+    n = weight.shape[0] // (2 if activation in GATED else 1)
+    numbers = x.numel() + weight.numel() + tokens * n * (1 if residual is None else 2)
+    return Cost(bytes=numbers * x.element_size(), flops=2 * tokens * weight.numel())
