@@ -1,10 +1,24 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
 from diffkern.models.bundle import Diffusion, bundled, load
+from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.op import BackendError, explain, use_backend
-from diffkern.ops import Draw, add_noise, group_norm_silu, noise_keys, randn, reparameterize, sampler_step
+from diffkern.ops import (
+    Draw,
+    add_noise,
+    gate_residual_norm_modulate,
+    group_norm_silu,
+    layer_norm_modulate,
+    noise_keys,
+    qk_norm_rope,
+    randn,
+    reparameterize,
+    rms_norm,
+    sampler_step,
+    timestep_embedding,
+)
 from diffkern.samplers import SAMPLERS, Row, Table, make_table
 from diffkern.samplers.loop import Progress, sample
 from diffkern.schedules import Schedule
@@ -14,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SAMPLERS",
     "BackendError",
+    "DiT",
     "Diffusion",
     "Draw",
     "ModelError",
@@ -25,13 +40,18 @@ __all__ = [
     "add_noise",
     "bundled",
     "explain",
+    "gate_residual_norm_modulate",
     "group_norm_silu",
+    "layer_norm_modulate",
     "load",
     "make_table",
     "noise_keys",
+    "qk_norm_rope",
     "randn",
     "reparameterize",
+    "rms_norm",
     "sample",
     "sampler_step",
+    "timestep_embedding",
     "use_backend",
 ]

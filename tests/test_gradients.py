@@ -13,8 +13,8 @@ from diffkern.testing import make, tensors, ulp
 def float64_call(op):
     """The smallest call with something to differentiate: its floating tensors, and a function of them."""
     samples = [s.args() for s in op.make_samples("cpu", torch.float64) if not s.workload]
-    args = min((a for a in samples if grads(a) and all(a[i].numel() for i in grads(a))), key=lambda a: size(a))
-    index = grads(args)
+    args = min((a for a in samples if grads(op, a) and all(a[i].numel() for i in grads(op, a))), key=size)
+    index = grads(op, args)
 
     def run(*floats):
         full = list(args)
@@ -25,8 +25,11 @@ def float64_call(op):
     return run, [args[i].detach().clone().requires_grad_() for i in index]
 
 
-def grads(args):
-    return [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and i != 2]
+def grads(op, args):
+    """Where the floating tensors are that have a gradient: the tables of a schedule have none."""
+    named = enumerate(zip(op.signature.parameters, args, strict=True))
+    tables = ("table", "alpha_sigma")
+    return [i for i, (n, a) in named if isinstance(a, torch.Tensor) and a.is_floating_point() and n not in tables]
 
 
 def size(args):

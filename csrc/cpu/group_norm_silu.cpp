@@ -3,12 +3,11 @@
 // Moments are taken a chunk at a time, twice over a chunk that is in the cache: its mean, then the squares about that
 // mean; never E[x^2] - E[x]^2. Chunks are merged in order (Chan et al. 1979). What a chunk is depends on the sample's
 // shape alone, so that neither threads nor the batch change a bit of the result.
-#include "dense.h"
+#include "rows.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <optional>
 
 namespace diffkern {
 namespace {
@@ -26,10 +25,6 @@ struct Problem {
   int64_t group_size() const { return channels / groups; }
 };
 
-struct Moments {
-  float mean, squares;  // squares: the sum of squares about the mean
-};
-
 // The moments of all chunks so far.
 struct Total {
   double n = 0, mean = 0, squares = 0;
@@ -43,16 +38,6 @@ struct Total {
 
   float scale(double eps) const { return static_cast<float>(1 / std::sqrt(squares / n + eps)); }
 };
-
-// f(begin, end) over [0, n), in parallel where that is worth it and this is not already one of several threads.
-template <class F>
-void in_parallel(int64_t n, int64_t elements_each, F f) {
-  const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, elements_each));
-  if (n <= grain) {
-    return f(0, n);
-  }
-  torch::stable::parallel_for(0, n, grain, f);
-}
 
 // f(slab) for every slab: one a thread if there are enough of them, which keeps a slab in its core's cache between the
 // two passes; else one after the other, each by all threads.
@@ -68,30 +53,6 @@ void for_each_slab(int64_t slabs, int64_t elements_each, F f) {
   } else {
     some(0, slabs);
   }
-}
-
-// Four sums at a time hide the latency of an addition.
-template <class F>
-float sum_of(int64_t n, F f) {
-  const int64_t q = n / 4;
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < q; ++i) {
-    s0 += f(i);
-    s1 += f(i + q);
-    s2 += f(i + 2 * q);
-    s3 += f(i + 3 * q);
-  }
-  for (int64_t i = 4 * q; i < n; ++i) {
-    s0 += f(i);
-  }
-  return (s0 + s1) + (s2 + s3);
-}
-
-Moments moments(const float* x, int64_t n) {
-  const float mean = sum_of(n, [x](int64_t i) { return x[i]; }) / static_cast<float>(n);
-  const float squares = sum_of(n, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
-  return {mean, squares};
 }
 
 template <bool kSilu, class T>
@@ -231,19 +192,6 @@ void channels_last(const Problem& p, const T* x, T* y) {
   });
 }
 
-// A parameter [channels] in float32; `absent` everywhere if there is none.
-std::vector<float> parameter(const char* name, const std::optional<Tensor>& t, const Problem& p, float absent) {
-  std::vector<float> out(p.channels, absent);
-  if (t) {
-    check(t->dim() == 1 && t->size(0) == p.channels && t->is_contiguous(), kOp, ": ", name, " must be [", p.channels,
-          "], got ", shape_of(*t));
-    with_dtype(kOp, t->scalar_type(), [&]<class T>(T*) {
-      widen(static_cast<const T*>(t->const_data_ptr()), out.data(), p.channels);
-    });
-  }
-  return out;
-}
-
 Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
                        const std::optional<Tensor>& bias, double eps, bool silu) {
   check(x.dim() >= 2, kOp, ": x must be [B, C, ...], got ", shape_of(x));
@@ -251,8 +199,8 @@ Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const std::optional<
   check(num_groups >= 1 && channels % num_groups == 0, kOp, ": num_groups is ", num_groups,
         ", allowed are the divisors of the ", channels, " channels");
   Problem p{x.size(0), channels, 0, num_groups, {}, {}, eps};
-  p.weight = parameter("weight", weight, p, 1.0f);
-  p.bias = parameter("bias", bias, p, 0.0f);
+  p.weight = parameter(kOp, "weight", weight, channels, 1.0f);
+  p.bias = parameter(kOp, "bias", bias, channels, 0.0f);
   Tensor y = empty_as(x, x.scalar_type(), p.batch);
   if (x.numel() == 0) {
     return y;

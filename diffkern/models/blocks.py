@@ -3,9 +3,6 @@ its weights load as they are; channels_last from end to end."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,15 +12,6 @@ from diffkern.ops.group_norm_silu import group_norm_silu
 def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True) -> Tensor:
     """GroupNorm with the module's parameters, then SiLU, in one op."""
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
-
-
-def sinusoids(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """The sinusoidal embedding (Vaswani et al. 2017, section 3.5, at real positions): [B] -> float32 [B, dim]."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - freq_shift)
-    angle = timestep.float()[:, None] * torch.exp(-math.log(10000) * exponent)
-    pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
-    return F.pad(torch.cat(pair, dim=1), (0, dim % 2))
 
 
 class TimestepEmbedding(nn.Module):

@@ -1,9 +1,29 @@
 """The ops, one file each. Importing this registers them all; a new op adds one line here."""
 
 from diffkern.ops.add_noise import add_noise
+from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.group_norm_silu import group_norm_silu
+from diffkern.ops.layer_norm_modulate import layer_norm_modulate
+from diffkern.ops.layer_norm_modulate_backward import layer_norm_modulate_backward
+from diffkern.ops.qk_norm_rope import qk_norm_rope
 from diffkern.ops.randn import Draw, noise_keys, randn
 from diffkern.ops.reparameterize import reparameterize
+from diffkern.ops.rms_norm import rms_norm
 from diffkern.ops.sampler_step import sampler_step
+from diffkern.ops.timestep_embedding import timestep_embedding
 
-__all__ = ["Draw", "add_noise", "group_norm_silu", "noise_keys", "randn", "reparameterize", "sampler_step"]
+__all__ = [
+    "Draw",
+    "add_noise",
+    "gate_residual_norm_modulate",
+    "group_norm_silu",
+    "layer_norm_modulate",
+    "layer_norm_modulate_backward",
+    "noise_keys",
+    "qk_norm_rope",
+    "randn",
+    "reparameterize",
+    "rms_norm",
+    "sampler_step",
+    "timestep_embedding",
+]
