@@ -84,7 +84,7 @@ def qk_norm_rope(
     _, tokens, q_heads, width = q.shape
     if q.numel():
         half = triton.next_power_of_2((width + 1) // 2)
-        rows = max(1, _TILE // (2 * half))
+        rows = min(128, max(1, _TILE // (2 * half)))
         counts = (q.numel() // width, k.numel() // width)
         with on_device(q):
             _qk_norm_rope[(triton.cdiv(max(counts), rows), 2)](

@@ -33,7 +33,7 @@ def _sincos(angle):
     return tl.where(q >= 2, -sine, sine), tl.where((q == 1) | (q == 2), -cosine, cosine)
 
 
-@triton.jit(do_not_specialize=["half", "dim", "sine_at", "cosine_at"])
+@triton.jit
 def _timestep_embedding(timestep, out, exponent, half, dim, sine_at, cosine_at, TILE: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
