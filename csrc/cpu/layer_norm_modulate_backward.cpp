@@ -19,6 +19,7 @@ template <class T>
 void row(const float* g, const float* x, const float* factor, int64_t n, double eps, float* normal, float* room, T* out,
          float* sum, float* sum_normal) {
   const Normal norm = normal_of(x, n, eps);
+#pragma omp simd  // seven arrays: too many for the compiler to compare their places before it dares
   for (int64_t i = 0; i < n; ++i) {
     normal[i] = norm(x[i]);
     sum[i] += g[i];

@@ -17,10 +17,18 @@ struct Rotation {
   // The other half of each rotated pair, with its sign: (-b, a) for (a, b).
   void turned(const float* x, int64_t n, float* out) const {
     const int64_t half = n / 2;
-    for (int64_t i = 0; i < half; ++i) {
-      const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half;
-      out[a] = -x[b];
-      out[b] = x[a];
+    if (interleaved) {
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        out[2 * i] = -x[2 * i + 1];
+        out[2 * i + 1] = x[2 * i];
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        out[i] = -x[i + half];
+        out[i + half] = x[i];
+      }
     }
   }
 };
