@@ -1,6 +1,7 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
 from diffkern.models.bundle import Diffusion, bundled, load
+from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.op import BackendError, explain, use_backend
@@ -9,12 +10,17 @@ from diffkern.ops import (
     add_noise,
     attention,
     conv2d,
+    gate_residual_norm_modulate,
     group_norm_silu,
+    layer_norm_modulate,
     linear,
     noise_keys,
+    qk_norm_rope,
     randn,
     reparameterize,
+    rms_norm,
     sampler_step,
+    timestep_embedding,
 )
 from diffkern.packing import prepare
 from diffkern.samplers import SAMPLERS, Row, Table, make_table
@@ -26,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SAMPLERS",
     "BackendError",
+    "DiT",
     "Diffusion",
     "Draw",
     "ModelError",
@@ -39,15 +46,20 @@ __all__ = [
     "bundled",
     "conv2d",
     "explain",
+    "gate_residual_norm_modulate",
     "group_norm_silu",
+    "layer_norm_modulate",
     "linear",
     "load",
     "make_table",
     "noise_keys",
     "prepare",
+    "qk_norm_rope",
     "randn",
     "reparameterize",
+    "rms_norm",
     "sample",
     "sampler_step",
+    "timestep_embedding",
     "use_backend",
 ]

@@ -20,8 +20,6 @@ from diffkern.op import BACKENDS, OPS
 from diffkern.samplers import SAMPLERS, Table, make_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-USED = ("randn", "group_norm_silu", "sampler_step")
-"""The ops that sampling runs, for saying which backend each took."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,7 +117,7 @@ def _device(name: str) -> torch.device:
 
 def _labels(diffusion: Diffusion, args: argparse.Namespace) -> tuple[list[int] | None, float | None]:
     """The label of each picture and the guidance scale; None for a model without labels."""
-    classes = len(diffusion.labels) or diffusion.model.config.num_class_embeds or 0
+    classes = len(diffusion.labels) or diffusion.model.num_classes
     if args.label:
         chosen = [diffusion.label_id(name) for name in args.label]
     elif classes:
@@ -134,8 +132,9 @@ def _backends(diffusion: Diffusion, table: Table, device: torch.device) -> str:
     """Which backend each op will take, asked with a call of the size of one sample. The first question also builds the
     native library if need be, so that its time is not counted as sampling."""
     taken = {}
-    for name in USED:
-        call = next(s for s in OPS[name].make_samples(device.type, diffusion.model.conv_in.weight.dtype))
+    dtype = next(diffusion.model.parameters()).dtype
+    for name in ("randn", *diffusion.model.OPS, "sampler_step"):
+        call = next(s for s in OPS[name].make_samples(device.type, dtype))
         taken[name] = OPS[name].choose(call.args()).name
     if len(set(taken.values())) == 1:
         return next(iter(taken.values()))

@@ -10,6 +10,7 @@ from diffkern.op import OPS
 from diffkern.testing import make
 
 X = make((2, 4, 6, 6), "cpu", torch.float32)
+R, V = make((2, 4, 6), "cpu", torch.float32), make((2, 6), "cpu", torch.float32)
 TABLE = make((5, 32), "cpu", torch.float32)
 KEYS, ROW, SCHEDULE = noise_keys(0, 2), torch.tensor([0, 3]), torch.rand(10, 2)
 Q = make((2, 5, 3, 8), "cpu", torch.float32)
@@ -65,6 +66,25 @@ WRONG = [
     ("conv2d", conv(add=torch.ones(2, 4)), r"add must be \[2, 3\], got \[2, 4\]"),
     ("conv2d", conv(residual=X), r"residual must be \[2, 3, 6, 6\], got \[2, 4, 6, 6\]"),
     ("conv2d", conv(activation="gelu"), "activation must be none or silu, got 'gelu'"),
+    ("layer_norm_modulate", (X, None, None, None, None, 1e-6), r"x must be contiguous \[B, T, C\], got \[2, 4, 6, 6\]"),
+    ("layer_norm_modulate", (R, V, None, None, None, 1e-6), "give shift and scale together or neither"),
+    ("layer_norm_modulate", (R, V, V[:1], None, None, 1e-6), r"scale must be \[2, 6\], got \[1, 6\]"),
+    ("layer_norm_modulate", (R, None, None, V[0, :5], None, 1e-6), r"weight must be \[6\], got \[5\]"),
+    ("layer_norm_modulate_backward", (R[:, :3], R, V, None, 1e-6), r"grad must have batch 2 and .*, got \[2, 3, 6\]"),
+    ("gate_residual_norm_modulate", (R, R[:, :3], V, V, V, None, None, 1e-6), r"y must have batch 2 .*got \[2, 3, 6\]"),
+    ("gate_residual_norm_modulate", (R, R, V[:, :5], V, V, None, None, 1e-6), r"gate must be \[2, 6\], got \[2, 5\]"),
+    ("rms_norm", (R, V[0, :5], 1e-6), r"weight must be \[6\], got \[5\]"),
+    (
+        "qk_norm_rope",
+        (R, R, None, None, None, None, True, 1e-6),
+        r"q must be contiguous \[B, S, H, D\], got \[2, 4, 6\]",
+    ),
+    ("qk_norm_rope", (X, X[:, :3], None, None, None, None, True, 1e-6), r"k must be contiguous \[2, 4, Hk, 6\]"),
+    ("qk_norm_rope", (X, X, None, None, V, None, True, 1e-6), "give cos and sin together or neither"),
+    ("qk_norm_rope", (X, X, None, None, V, V, True, 1e-6), r"cos must be \[4, 6\], got \[2, 6\]"),
+    ("qk_norm_rope", (X[..., :5], X[..., :5], None, None, R[0, :, :5], R[0, :, :5], True, 1e-6), "D is 5, a rotation"),
+    ("timestep_embedding", (V, 8, True, 0.0, 1e4), r"timestep must be \[B\], got \[2, 6\]"),
+    ("timestep_embedding", (V[0], -1, True, 0.0, 1e4), "dim is -1, allowed are 0 and above"),
     ("group_norm_silu", (X, 2, torch.ones(3), torch.ones(3), 1e-5, True), r"weight must be \[4\], got \[3\]"),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, X[:, :, 0, 0][:, :3]), r"add must be \[2, 4\], got \[2, 3\]"),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, X[:1, :, 0, 0], X[:, :, 0, 0]), "scale must be "),

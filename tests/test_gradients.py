@@ -13,8 +13,8 @@ from diffkern.testing import make, tensors, ulp
 def float64_call(op):
     """The smallest call with something to differentiate: its floating tensors, and a function of them."""
     samples = [s.args() for s in op.make_samples("cpu", torch.float64) if not s.workload]
-    args = min((a for a in samples if grads(a) and all(a[i].numel() for i in grads(a))), key=lambda a: size(a))
-    index = grads(args)
+    args = min((a for a in samples if grads(op, a) and all(a[i].numel() for i in grads(op, a))), key=size)
+    index = grads(op, args)
 
     def run(*floats):
         full = list(args)
@@ -25,8 +25,11 @@ def float64_call(op):
     return run, [args[i].detach().clone().requires_grad_() for i in index]
 
 
-def grads(args):
-    return [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and i != 2]
+def grads(op, args):
+    """Where the floating tensors are that have a gradient: the tables of a schedule have none."""
+    named = enumerate(zip(op.signature.parameters, args, strict=True))
+    tables = ("table", "alpha_sigma")
+    return [i for i, (n, a) in named if isinstance(a, torch.Tensor) and a.is_floating_point() and n not in tables]
 
 
 def size(args):
@@ -53,6 +56,29 @@ def test_the_native_gradient_of_reparameterize_is_the_references(dtype):
     assert torch.equal(ours[0], theirs[0])
     # one rounding of the result; the noise itself is within a few units of float32
     assert ((ours[1].double() - theirs[1].double()).abs() <= 2 * ulp(theirs[1], dtype) + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", ["nothing", "modulation", "affine", "everything"])
+def test_the_native_gradient_of_layer_norm_modulate_is_the_references(dtype, given):
+    def gradients(function, dtype):
+        inputs = [make((3, 70, 24), "cpu", torch.float32, seed=0).to(dtype)]
+        for i in range(2):
+            inputs.append(make((3, 24), "cpu", torch.float32, seed=1 + i).to(dtype))
+        for i in range(2):
+            inputs.append(make((24,), "cpu", torch.float32, seed=3 + i).to(dtype))
+        keep = {"nothing": (0,), "modulation": (0, 1, 2), "affine": (0, 3, 4), "everything": range(5)}[given]
+        leaves = [t.requires_grad_() if i in keep else None for i, t in enumerate(inputs)]
+        (function(*leaves, 1e-6) * make((3, 70, 24), "cpu", torch.float32, seed=9).to(dtype)).sum().backward()
+        return [t.grad for t in leaves if t is not None]
+
+    exact = gradients(diffkern.layer_norm_modulate.reference, torch.float64)
+    theirs = gradients(diffkern.layer_norm_modulate.reference, dtype)
+    for ours, reference, e in zip(gradients(diffkern.layer_norm_modulate, dtype), theirs, exact, strict=True):
+        assert ours.dtype == dtype
+        # Sums over samples are rounded to bfloat16 once more than the reference's: one unit in the last place.
+        allowed = 2 * (reference.double() - e).abs().max() + ulp(e, dtype)
+        assert ((ours.double() - e).abs() <= allowed).all()
 
 
 def test_the_gradient_of_a_small_spread_keeps_its_digits():

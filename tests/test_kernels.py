@@ -139,23 +139,16 @@ def test_an_offset_continues_the_stream():
 def _alone(name: str, args: tuple[object, ...], i: int) -> list[object]:
     """The call for sample i only. Tables and parameters are shared; a guided model output has two entries a sample."""
     batch = next(len(a) for a in args if isinstance(a, Tensor))
-    shared = {
-        "add_noise": (2,),
-        "group_norm_silu": (2, 3),
-        "group_norm_silu_backward": (3, 4),
-        "linear": (1, 2),
-        "conv2d": (1, 2),
-        "sampler_step": (2,),
-    }.get(name, ())
+    shared = ("table", "alpha_sigma", "weight", "bias", "q_weight", "k_weight", "cos", "sin")
 
-    def pick(j: int, a: object) -> object:
-        if not isinstance(a, Tensor) or j in shared:
+    def pick(parameter: str, a: object) -> object:
+        if not isinstance(a, Tensor) or parameter in shared:
             return a
         layout = torch.contiguous_format if a.is_contiguous() or a.dim() != 4 else torch.channels_last
         picked = a[[i]] if len(a) == batch else a[[i, batch + i]]
         return picked.contiguous(memory_format=layout) if is_dense(a) else picked
 
-    return [pick(j, a) for j, a in enumerate(args)]
+    return [pick(parameter, a) for parameter, a in zip(OPS[name].signature.parameters, args, strict=True)]
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -23,7 +23,7 @@ SHARED = 48 * 1024
 REGISTERS_ALL, SHARED_ALL, TENSOR_CORES = 255, 99 * 1024, {"_attention"}
 # All instructions of the program, over the normals that a thread makes: torch's Triton noise alone takes 129 a normal.
 PER_NORMAL = {"_randn": 33, "_add_noise": 38, "_reparameterize": 43}
-READS_NO_TENSOR, WRITES_NO_TENSOR = {"_randn"}, {"_moments"}
+READS_NO_TENSOR, WRITES_NO_TENSOR = {"_randn", "_timestep_embedding"}, {"_moments"}
 
 
 def launched() -> set[str]:

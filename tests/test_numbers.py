@@ -171,11 +171,14 @@ def calls(op: Any, dtype: torch.dtype, workloads: bool):
             yield sample.name, args, batch
 
 
+SHARED = ("table", "alpha_sigma", "weight", "bias", "q_weight", "k_weight", "cos", "sin")  # by all samples
+
+
 def alone(op: Any, args: tuple[Any, ...], i: int, batch: int) -> tuple[Any, ...]:
     """The arguments of sample i by itself."""
 
     def one(name: str, a: Any) -> Any:
-        if not isinstance(a, Tensor) or name in ("table", "alpha_sigma", "weight", "bias"):
+        if not isinstance(a, Tensor) or name in SHARED:
             return a
         return torch.cat([a[j : j + 1] for j in range(i, a.shape[0], batch)])  # two of a guided model output
 

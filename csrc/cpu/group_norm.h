@@ -5,10 +5,7 @@
 // shape alone, so that neither threads nor the batch change a bit of the result.
 #pragma once
 
-#include "dense.h"
-
-#include <cmath>
-#include <optional>
+#include "rows.h"
 
 namespace diffkern {
 
@@ -17,16 +14,6 @@ constexpr int64_t kPixelChunk = 16384;  // of a channels_last chunk: long enough
 constexpr int64_t kMinWidth = 256;      // channels_last rows shorter than this are taken several at a time
 
 using MaybeTensor = std::optional<Tensor>;
-
-// f(begin, end) over [0, n), in parallel where that is worth it and this is not already one of several threads.
-template <class F>
-void in_parallel(int64_t n, int64_t elements_each, F f) {
-  const int64_t grain = std::max<int64_t>(1, kSerial / std::max<int64_t>(1, elements_each));
-  if (n <= grain) {
-    return f(0, n);
-  }
-  torch::stable::parallel_for(0, n, grain, f);
-}
 
 // f(slab) for every slab: one a thread if there are enough of them, which keeps a slab in its core's cache between the
 // passes; else one after the other, each by all threads.
@@ -115,10 +102,6 @@ struct Source {
   }
 };
 
-struct Moments {
-  float mean, squares;  // squares: the sum of squares about the mean
-};
-
 // The moments of all chunks so far.
 struct Total {
   double n = 0, mean = 0, squares = 0;
@@ -137,24 +120,6 @@ struct Normaliser {
   float mean, scale;
 };
 
-// Four sums at a time hide the latency of an addition.
-template <class F>
-float sum_of(int64_t n, F f) {
-  const int64_t q = n / 4;
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < q; ++i) {
-    s0 += f(i);
-    s1 += f(i + q);
-    s2 += f(i + 2 * q);
-    s3 += f(i + 3 * q);
-  }
-  for (int64_t i = 4 * q; i < n; ++i) {
-    s0 += f(i);
-  }
-  return (s0 + s1) + (s2 + s3);
-}
-
 inline int64_t chunks_of(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
 // The moments of a contiguous group.
@@ -166,9 +131,7 @@ Normaliser group_moments(const GroupNorm& p, const Source<T>& source, int64_t sl
     float room[kChunk];
     for (int64_t k = begin; k < end; ++k) {
       const int64_t n = std::min(kChunk, size - k * kChunk);
-      const float* x = source.planes(p, slab, k * kChunk, n, room);
-      const float mean = sum_of(n, [x](int64_t i) { return x[i]; }) / static_cast<float>(n);
-      parts[k] = {mean, sum_of(n, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); })};
+      parts[k] = moments(source.planes(p, slab, k * kChunk, n, room), n);
     }
   });
   Total total;
@@ -264,19 +227,15 @@ std::vector<Normaliser> sample_moments(const GroupNorm& p, const Source<T>& sour
   return out;
 }
 
-// A parameter [count] or [batch, count] in float32, contiguous; empty if there is none.
+// A parameter of a shape in float32; empty if there is none.
 inline std::vector<float> parameter(const char* op, const char* name, const MaybeTensor& t,
                                     const std::vector<int64_t>& shape) {
-  std::vector<float> out;
-  if (t) {
-    check(t->is_contiguous() && has_shape(*t, shape), op, ": ", name, " must be ", shape_of(shape), ", got ",
-          shape_of(*t));
-    out.resize(t->numel());
-    with_dtype(op, t->scalar_type(), [&]<class T>(T*) {
-      widen(static_cast<const T*>(t->const_data_ptr()), out.data(), t->numel());
-    });
+  if (!t) {
+    return {};
   }
-  return out;
+  check(t->is_contiguous() && has_shape(*t, shape), op, ": ", name, " must be ", shape_of(shape), ", got ",
+        shape_of(*t));
+  return widened(op, *t);
 }
 
 // Reads and checks the arguments that the norm and its gradient share.
@@ -302,12 +261,11 @@ inline GroupNorm group_norm(const char* op, const Tensor& x, int64_t groups, con
   if (skip) {
     check(x.is_contiguous() ? skip->is_contiguous() : is_channels_last(*skip), op, ": skip must have the layout of x");
   }
-  p.gammas = parameter(op, "weight", weight, {p.channels});
-  p.betas = parameter(op, "bias", bias, {p.channels});
-  p.gammas.resize(p.channels, 1.0f);
-  p.betas.resize(p.channels, 0.0f);
-  const std::vector<float> scales = parameter(op, "scale", scale, {p.batch, p.channels});
-  const std::vector<float> shifts = parameter(op, "shift", shift, {p.batch, p.channels});
+  p.gammas = parameter(op, "weight", weight, p.channels, 1.0f);
+  p.betas = parameter(op, "bias", bias, p.channels, 0.0f);
+  const std::vector<int64_t> matrix = {p.batch, p.channels};
+  const std::vector<float> scales = parameter(op, "scale", scale, matrix);
+  const std::vector<float> shifts = parameter(op, "shift", shift, matrix);
   if (!scales.empty() && !shifts.empty()) {
     std::vector<float> gammas(scales.size()), betas(scales.size());
     for (size_t i = 0; i < scales.size(); ++i) {
@@ -326,7 +284,7 @@ Source<T> source_of(const char* op, const GroupNorm& p, const Tensor& x, const M
                     const MaybeTensor& skip) {
   const T* second = skip && skip->size(1) ? static_cast<const T*>(skip->const_data_ptr()) : nullptr;
   return {static_cast<const T*>(x.const_data_ptr()), second, x.size(1),
-          parameter(op, "add", add, {p.batch, p.channels})};
+          parameter(op, "add", add, std::vector<int64_t>{p.batch, p.channels})};
 }
 
 // An uninitialised tensor for a value a (pixel, channel) of the norm, in the layout of x.

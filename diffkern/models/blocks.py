@@ -3,10 +3,8 @@ its weights load as they are; channels_last from end to end."""
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,15 +29,6 @@ def project(layer: nn.Linear, x: Tensor, residual: Tensor | None = None) -> Tens
     """A linear layer with the module's parameters and a residual, in one op. For tokens: a few rows, as of the time
     embedding, take less time in PyTorch than the choice of a backend does."""
     return linear(x, layer.weight, layer.bias, "none", residual)
-
-
-def sinusoids(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """The sinusoidal embedding (Vaswani et al. 2017, section 3.5, at real positions): [B] -> float32 [B, dim]."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - freq_shift)
-    angle = timestep.float()[:, None] * torch.exp(-math.log(10000) * exponent)
-    pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
-    return F.pad(torch.cat(pair, dim=1), (0, dim % 2))
 
 
 class TimestepEmbedding(nn.Module):

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import torch
 
+from diffkern.models.dit import DiT
 from diffkern.models.folder import WEIGHTS, ModelError, read_json
 from diffkern.models.unet import UNet2D
 from diffkern.schedules import Schedule, from_diffusers_config
 
+MODELS: dict[str, type[UNet2D] | type[DiT]] = {
+    "UNet2DModel": UNet2D,
+    "DiTTransformer2DModel": DiT,
+    "Transformer2DModel": DiT,
+}
+"""The networks by the class name in their config.json."""
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -20,15 +27,14 @@ class Diffusion:
     order, empty if it has none."""
 
     name: str
-    model: UNet2D
+    model: UNet2D | DiT
     schedule: Schedule
     labels: tuple[str, ...] = ()
 
     def label_id(self, name: str) -> int:
         """The number of a label, from its name or the beginning of one of its words, in any case, or its number.
         Raises ValueError naming the labels there are."""
-        count = self.model.config.num_class_embeds or 0
-        names = self.labels or tuple(str(i) for i in range(count))
+        names = self.labels or tuple(str(i) for i in range(self.model.num_classes))
         if not names:
             raise ValueError(f"{self.name} has no labels to choose from")
         wanted = name.strip().lower()
@@ -49,8 +55,9 @@ def bundled() -> list[str]:
 
 
 def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Diffusion:
-    """A bundled model by name, or a diffusers folder of a `UNet2DModel` by path: flat, or a pipeline's with `unet` and
-    `scheduler` in it. A labels.json, if there, is {"labels": [names], "null_label": number}.
+    """A bundled model by name, or a diffusers folder of a `UNet2DModel` or `DiTTransformer2DModel` by path: flat, or a
+    pipeline's with `unet` or `transformer`, and `scheduler`, in it. A labels.json, if there, is {"labels": [names],
+    "null_label": number}.
 
     Raises ModelError, with a sentence that names what is wrong."""
     path = ASSETS / name if str(name) in bundled() else Path(name)
@@ -58,19 +65,23 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
         raise ModelError(
             f"no model is named {str(name)!r}: give a folder with a model or one of {', '.join(bundled())}"
         )
-    unet = path / "unet" if (path / "unet").is_dir() else path
+    network = next((path / name for name in ("unet", "transformer") if (path / name).is_dir()), path)
     scheduler = path / "scheduler" if (path / "scheduler").is_dir() else path
-    if not (unet / "config.json").is_file():
+    if not (network / "config.json").is_file():
         raise ModelError(f"{path} is not a folder with a model (config.json and {WEIGHTS})")
     config = read_json(scheduler / "scheduler_config.json")
     try:
         schedule = from_diffusers_config(config)
     except (ValueError, TypeError) as e:
         raise ModelError(f"{scheduler / 'scheduler_config.json'}: {e}") from None
-    model = UNet2D.from_folder(unet, dtype, device)
+    class_name = read_json(network / "config.json").get("_class_name", "UNet2DModel")
+    if class_name not in MODELS:
+        raise ModelError(f"{network} holds a {class_name}: allowed here is {', '.join(MODELS)}")
+    model = MODELS[class_name].from_folder(network, dtype, device)
     labels: tuple[str, ...] = ()
     if (path / "labels.json").is_file():
-        labels, model.null_label = _labels(path / "labels.json", model.config.num_class_embeds or 0)
+        labels, null = _labels(path / "labels.json", model.num_classes)
+        model.null_label = model.null_label if null is None else null
     return Diffusion(path.name, model, schedule, labels)
 
 

@@ -62,13 +62,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
-    """config.json of a folder, which must be of the given diffusers class."""
+def read_config(path: str | Path, *class_names: str) -> dict[str, Any]:
+    """config.json of a folder, which must be of a diffusers class of one of these names."""
     if not Path(path).is_dir():
         raise ModelError(f"{path} is not a folder with a model (config.json and {WEIGHTS})")
     config = read_json(Path(path) / "config.json")
-    if (found := config.get("_class_name", class_name)) != class_name:
-        raise ModelError(f"{path} holds a {found}, not a {class_name}")
+    if (found := config.get("_class_name", class_names[0])) not in class_names:
+        raise ModelError(f"{path} holds a {found}, not a {class_names[0]}")
     return config
 
 

@@ -13,16 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.models import folder
-from diffkern.models.blocks import (
-    Attention,
-    Downsample,
-    ResnetBlock,
-    TimestepEmbedding,
-    Upsample,
-    convolve,
-    norm_silu,
-    sinusoids,
-)
+from diffkern.models.blocks import Attention, Downsample, ResnetBlock, TimestepEmbedding, Upsample, convolve, norm_silu
+from diffkern.ops.timestep_embedding import timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -137,6 +129,8 @@ class _Mid(nn.Module):
 class UNet2D(nn.Module):
     """A denoiser of pictures: (x [B, C, H, W], timestep [B], class labels [B]) -> [B, out_channels, H, W]."""
 
+    OPS = ("timestep_embedding", "group_norm_silu")  # that a call runs
+
     def __init__(self, config: UNet2DConfig) -> None:
         super().__init__()
         self.config = c = config
@@ -199,6 +193,11 @@ class UNet2D(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         return self.config.in_channels, height, width
 
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are, a null label included; 0 if the model is not class-conditional."""
+        return self.config.num_class_embeds or 0
+
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """x: [B, C, H, W]. timestep: [B] or scalar, may be fractional. class_labels: int64 [B], given exactly if the
         model is class-conditional. Returns [B, out_channels, H, W], channels_last, dtype of the weights."""
@@ -209,7 +208,8 @@ class UNet2D(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = convolve(self.conv_in, 2 * x - 1 if c.center_input_sample else x)
         t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
-        emb = self.time_embedding(sinusoids(t, self.conv_in.out_channels, c.flip_sin_to_cos, c.freq_shift).to(x.dtype))
+        sinusoids = timestep_embedding(t, self.conv_in.out_channels, c.flip_sin_to_cos, c.freq_shift)
+        emb = self.time_embedding(sinusoids.to(x.dtype))
         if self.class_embedding is not None and class_labels is not None:
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # every block applies it first: once is enough

@@ -1,0 +1,71 @@
+// LayerNorm of rows [B, T, C] and what follows it: weight and bias of a channel, scale and shift of a sample's.
+#pragma once
+
+#include "rows.h"
+
+namespace diffkern {
+
+// A vector a sample, [batch, channels], in float32.
+inline std::vector<float> per_sample(const char* op, const char* name, const Tensor& t, int64_t batch,
+                                     int64_t channels) {
+  check(t.dim() == 2 && t.size(0) == batch && t.size(1) == channels && t.is_contiguous(), op, ": ", name, " must be [",
+        batch, ", ", channels, "], got ", shape_of(t));
+  return widened(op, t);
+}
+
+struct Normal {
+  float mean, scale;  // normal = (x - mean) * scale
+
+  float operator()(float x) const { return (x - mean) * scale; }
+};
+
+inline Normal normal_of(const float* x, int64_t n, double eps) {
+  const Moments m = moments(x, n);
+  return {m.mean, static_cast<float>(1 / std::sqrt(double{m.squares} / static_cast<double>(n) + eps))};
+}
+
+// The rows and all that is done to them. The two affine maps stay apart: folded into one, an infinity in one of them
+// would meet one from the other and make a NaN that the formula does not.
+struct LayerNorm {
+  int64_t batch, tokens, channels;
+  double eps;
+  bool affine, modulated;
+  std::vector<float> weight, bias, one_plus_scale, shift;
+
+  LayerNorm(const char* op, const Tensor& x, const std::optional<Tensor>& shift_, const std::optional<Tensor>& scale,
+            const std::optional<Tensor>& weight_, const std::optional<Tensor>& bias_, double eps_)
+      : eps(eps_), affine(weight_ || bias_), modulated(scale.has_value()) {
+    check(x.dim() == 3 && x.is_contiguous(), op, ": x must be contiguous [B, T, C], got ", shape_of(x));
+    check(scale.has_value() == shift_.has_value(), op, ": give shift and scale together or neither");
+    batch = x.size(0), tokens = x.size(1), channels = x.size(2);
+    if (affine) {
+      weight = parameter(op, "weight", weight_, channels, 1.0f);
+      bias = parameter(op, "bias", bias_, channels, 0.0f);
+    }
+    if (modulated) {
+      shift = per_sample(op, "shift", *shift_, batch, channels);
+      one_plus_scale = per_sample(op, "scale", *scale, batch, channels);
+      for (float& s : one_plus_scale) {
+        s += 1.0f;
+      }
+    }
+  }
+
+  // One row of sample b; `room` holds a row and may be where x is.
+  template <class T>
+  void row(const float* x, int64_t b, float* room, T* out) const {
+    const Normal normal = normal_of(x, channels, eps);
+    const float *w = weight.data(), *o = bias.data();
+    const float *s = one_plus_scale.data() + b * channels, *t = shift.data() + b * channels;
+    if (affine && modulated) {
+      emit(out, room, channels, [=](int64_t i) { return (normal(x[i]) * w[i] + o[i]) * s[i] + t[i]; });
+    } else if (affine || modulated) {
+      const float *a = affine ? w : s, *c = affine ? o : t;
+      emit(out, room, channels, [=](int64_t i) { return normal(x[i]) * a[i] + c[i]; });
+    } else {
+      emit(out, room, channels, [=](int64_t i) { return normal(x[i]); });
+    }
+  }
+};
+
+}  // namespace diffkern

@@ -1,0 +1,97 @@
+"""The gradient of LayerNorm and its modulation: a program goes down a chunk of a sample's tokens, keeps whole rows and
+the chunk's sums over tokens in registers, and `_fold` adds the chunks up in order. How a sample is cut depends on its
+own shape only, so that a sample's result does not depend on its batch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import grid, on_device, sample_index
+
+_TILE = 2048  # elements of x, and as many of grad, that a program keeps, or one row if that is longer
+_TOKENS = 32  # of a chunk, at least
+
+
+@triton.jit(do_not_specialize=["batch", "tokens", "steps"])
+def _layer_norm_modulate_backward(
+    grad, x_ptr, scale, weight, grad_x, partial, eps, batch, tokens, steps, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """partial: [B, chunks, 2, C]: the sums of grad, and of grad times the normal."""
+    sample = sample_index()
+    if sample >= batch:
+        return
+    c = tl.arange(0, COLUMNS)
+    there = c < channels
+    factor = tl.full([COLUMNS], 1.0, tl.float32)
+    if weight is not None:
+        factor *= tl.load(weight + c, there, other=0.0).to(tl.float32)
+    if scale is not None:
+        factor *= 1 + tl.load(scale + sample * channels + c, there, other=0.0).to(tl.float32)
+    n = tl.cast(channels, tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    along_total = tl.zeros([COLUMNS], tl.float32)
+    for step in range(steps):
+        t = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (t < tokens) & there[None, :]
+        offset = (sample * tokens + t) * channels + c[None, :]
+        x = tl.load(x_ptr + offset, inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + offset, inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, x - (tl.sum(x, axis=1) / n)[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n + tl.cast(eps, tl.float32))[:, None]
+        normal = centred * rstd
+        total += tl.sum(g, axis=0)
+        along_total += tl.sum(g * normal, axis=0)
+        d = g * factor[None, :]
+        mean = (tl.sum(d, axis=1) / n)[:, None]
+        along = (tl.sum(d * normal, axis=1) / n)[:, None]
+        result = rstd * (d - mean - normal * along)
+        tl.store(grad_x + offset, result.to(grad_x.dtype.element_ty), inside)
+    partial += (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * channels
+    tl.store(partial + c, total, there)
+    tl.store(partial + channels + c, along_total, there)
+
+
+@triton.jit(do_not_specialize=["batch", "chunks"])
+def _fold(partial, total, along_total, batch, chunks, channels, TILE: tl.constexpr):
+    """The two sums of partial [B, chunks, 2, C], in order."""
+    sample = sample_index()
+    if sample >= batch:
+        return
+    c = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    there = c < channels
+    first = tl.zeros([TILE], tl.float32)
+    second = tl.zeros([TILE], tl.float32)
+    for chunk in range(chunks):
+        row = partial + (sample * chunks + chunk) * 2 * channels + c
+        first += tl.load(row, there, other=0.0)
+        second += tl.load(row + channels, there, other=0.0)
+    tl.store(total + sample * channels + c, first, there)
+    tl.store(along_total + sample * channels + c, second, there)
+
+
+def layer_norm_modulate_backward(
+    grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the gradient of x, the sums of grad over tokens, and of grad times the normal)."""
+    grad_x = torch.empty_like(x)
+    batch, tokens, channels = x.shape
+    if not x.numel():
+        nothing = torch.zeros(batch, channels, device=x.device, dtype=torch.float32)
+        return grad_x, nothing, nothing.clone()
+    columns = triton.next_power_of_2(channels)
+    rows = min(16, max(1, _TILE // columns))
+    steps = triton.cdiv(_TOKENS, rows)
+    chunks = triton.cdiv(tokens, rows * steps)
+    partial = torch.empty(batch, chunks, 2, channels, device=x.device, dtype=torch.float32)
+    sums = [torch.empty(batch, channels, device=x.device, dtype=torch.float32) for _ in range(2)]
+    with on_device(x):
+        _layer_norm_modulate_backward[grid(batch, chunks)](
+            grad, x, scale, weight, grad_x, partial, eps, batch, tokens, steps, channels,
+            ROWS=rows, COLUMNS=columns, num_warps=min(32, max(4, columns // 512)), enable_fp_fusion=True,
+        )  # fmt: skip
+        _fold[grid(batch, triton.cdiv(channels, 512))](
+            partial, *sums, batch, chunks, channels, TILE=512, num_warps=4, enable_fp_fusion=True
+        )
+    return grad_x, sums[0], sums[1]
