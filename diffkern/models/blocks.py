@@ -4,6 +4,7 @@ its weights load as they are; channels_last from end to end."""
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ class Attention(nn.Module):
             for proj in (self.to_q, self.to_k, self.to_v)
         )
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, height * width, c)
-        out = project(self.to_out[0], out, x.permute(0, 2, 3, 1).reshape(b, height * width, c))
+        out = project(cast("nn.Linear", self.to_out[0]), out, x.permute(0, 2, 3, 1).reshape(b, height * width, c))
         out = out.reshape(b, height, width, c).permute(0, 3, 1, 2)
         return out / self.output_scale if self.output_scale != 1 else out
 
