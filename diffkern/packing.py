@@ -6,7 +6,8 @@ values. Those are for changes that PyTorch does not count, as in `weight.data +=
 are goes unseen. Tensors made in inference mode have no version counter: their copies are never kept.
 
 It costs the memory of the weights once more: twice that of float16 and bfloat16 ones where this CPU computes them in
-float32, and 16/9 of it for a convolution that upsamples. DIFFKERN_PACK=0 keeps no copy at all: every call packs anew.
+float32, and 16/9 of it for a convolution that upsamples; a convolution has a copy for each size of picture it is
+given. DIFFKERN_PACK=0 keeps no copy at all: every call packs anew.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ WRONG = {
     ("--label", ""): "no label is named ''",
     ("--model", "nothing-here"): "no model is named 'nothing-here': give a folder with a model or one of",
     ("--dtype", "int8"): "no dtype is named 'int8': choose one of float32, bfloat16, float16",
-    ("--backend", "opencl"): "no backend is named 'opencl': choose one of auto, cpu, triton, cuda, reference",
+    ("--backend", "opencl"): "no backend is named 'opencl': choose one of auto, cpu, triton, cuda, torch, reference",
     ("--device", "tpu"): "no device is named 'tpu' here: choose one of auto, cpu",
     ("--steps", "0"): "steps",
     ("--steps", "many"): "argument --steps: invalid int value: 'many'",
@@ -170,7 +170,7 @@ def test_doctor_says_what_is_ready(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["diffkern"] == diffkern.__version__
     assert facts["backends"]["reference"] == "ready"
-    assert set(facts["backends"]) == {"cpu", "triton", "cuda", "reference"}
+    assert set(facts["backends"]) == {"cpu", "triton", "cuda", "torch", "reference"}
     assert all(facts["backends"].values())
     assert set(facts["cache"]) == {"path", "files", "bytes"}
     assert main(["doctor"]) == 0

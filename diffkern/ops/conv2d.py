@@ -128,7 +128,11 @@ def _(
         y = _upsampled(x, weight, bias, dtype)
     else:
         place = ([top, left], [stride, stride], [1, 1], 1)
-        copy = packed(weight, ("conv2d", dtype, stride, top, left), lambda: _pack(weight.detach(), dtype, *place))
+        copy = packed(
+            weight,
+            ("conv2d", dtype, stride, top, left, x.shape[2:]),
+            lambda: _pack(weight.detach(), dtype, x.shape, *place),
+        )
         convolve = torch.ops.mkldnn._convolution_pointwise
         if dtype == given and add is None and residual is None:
             y = convolve(x, copy, bias, *place, "swish" if activation == "silu" else "none", [], "")
@@ -146,8 +150,11 @@ def _(
     return out.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
 
-def _pack(weight: Tensor, dtype: torch.dtype, *place: object) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype).contiguous(), *place, None)
+def _pack(weight: Tensor, dtype: torch.dtype, size: torch.Size, *place: object) -> Tensor:
+    # For one picture of the right size: in the layout for another a convolution can take 9 times as long, below 8 x 8
+    # pixels; the size of the batch matters to nothing.
+    one = [1, *size[1:]]
+    return torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype).contiguous(), *place, one)
 
 
 def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -156,7 +163,11 @@ def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     a doubled pixel, take 4/9 of the work; all are one convolution, of (H + 1) (W + 1) pixels."""
     batch, _, height, width = x.shape
     n, place = len(weight), ([1, 1], [1, 1], [1, 1], 1)
-    copy = packed(weight, ("conv2d upsampled", dtype), lambda: _pack(quarters_of(weight.detach()), dtype, *place))
+    copy = packed(
+        weight,
+        ("conv2d upsampled", dtype, x.shape[2:]),
+        lambda: _pack(quarters_of(weight.detach()), dtype, x.shape, *place),
+    )
     bias = None if bias is None else bias.repeat(4)
     four = torch.ops.mkldnn._convolution_pointwise(x, copy, bias, *place, "none", [], "")
     four = four.permute(0, 2, 3, 1)
