@@ -47,11 +47,31 @@ def torch_group_norm_silu(
     return F.silu(y) if silu else y
 
 
+def torch_layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+def torch_gate_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    r = x + gate[:, None] * y
+    return r, torch_layer_norm_modulate(r, shift, scale, *rest)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "randn": torch_randn,
     "add_noise": torch_add_noise,
     "reparameterize": torch_reparameterize,
     "group_norm_silu": torch_group_norm_silu,
+    "layer_norm_modulate": torch_layer_norm_modulate,
+    "gate_residual_norm_modulate": torch_gate_residual_norm_modulate,
+    "rms_norm": torch_rms_norm,
 }
 
 

@@ -81,6 +81,24 @@ def test_the_native_gradient_of_layer_norm_modulate_is_the_references(dtype, giv
         assert ((ours.double() - e).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_gradient_of_gate_residual_norm_modulate_is_the_references(dtype):
+    shapes = [(3, 70, 24)] * 2 + [(3, 24)] * 3 + [(24,)] * 2
+
+    def gradients(function, dtype):
+        inputs = [make(s, "cpu", torch.bfloat16, seed=i).to(dtype).requires_grad_() for i, s in enumerate(shapes)]
+        r, normal = function(*inputs, 1e-6)
+        for_r, for_normal = (make(shapes[0], "cpu", torch.bfloat16, seed=s).to(dtype) for s in (8, 9))
+        ((r * for_r).sum() + (normal * for_normal).sum()).backward()
+        return [t.grad for t in inputs]
+
+    op = diffkern.gate_residual_norm_modulate
+    exact, theirs = gradients(op.reference, torch.float64), gradients(op.reference, dtype)
+    for ours, reference, e in zip(gradients(op, dtype), theirs, exact, strict=True):
+        allowed = 2 * (reference.double() - e).abs().max() + ulp(e, dtype)
+        assert ((ours.double() - e).abs() <= allowed).all()
+
+
 def test_the_gradient_of_a_small_spread_keeps_its_digits():
     keys = diffkern.noise_keys(0, 2)
     mean = torch.full((2, 50), 100.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.layout import accumulate
 from diffkern.op import Cost, Sample, op
-from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, layer_norm_modulate, why_not, why_not_on_gpu
+from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, gradients, layer_norm_modulate, why_not, why_not_on_gpu
 
 
 @op
@@ -33,6 +33,34 @@ def gate_residual_norm_modulate(
     r = x.to(acc) + gate.to(acc)[:, None] * y.to(acc)
     normal = layer_norm_modulate.reference(r, shift, scale, weight, bias, eps)
     return r.to(x.dtype).contiguous(), normal.to(x.dtype)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of r is its own and what comes through the norm; x, y and gate follow from it. The norm's is taken
+    at r as it was returned, so that no float32 copy of the stream is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None,
+        bias: Tensor | None, eps: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        given = (None if t is None else t.detach() for t in (x, y, gate, shift, scale, weight, bias))
+        r, normal = gate_residual_norm_modulate.overload(*given, eps)
+        ctx.save_for_backward(r, y, gate, shift, scale, weight, bias)
+        ctx.eps = eps
+        return r, normal
+
+    @staticmethod
+    def backward(ctx: Any, grad_r: Tensor, grad_normal: Tensor) -> tuple[Tensor | None, ...]:
+        r, y, gate, shift, scale, weight, bias = ctx.saved_tensors
+        through, *parameters = gradients(grad_normal, r, shift, scale, weight, bias, ctx.eps)
+        acc = accumulate(r.dtype)
+        total = grad_r.to(acc) + through.to(acc)
+        grad_y, grad_gate = total * gate.to(acc)[:, None], (total * y.to(acc)).sum(1)
+        return total.to(r.dtype), grad_y.to(y.dtype), grad_gate.to(gate.dtype), *parameters, None
+
+
+gate_residual_norm_modulate.gradient(_Gradient)
 
 
 def _supports_cpu(x: Tensor, y: Tensor, *args: Any) -> bool | str:

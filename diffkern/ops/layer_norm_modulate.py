@@ -37,9 +37,28 @@ def layer_norm_modulate(
     return y.to(x.dtype).contiguous()
 
 
+def gradients(
+    grad: Tensor, x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of x, shift, scale, weight and bias; None for what is None. All of the parameters' follow from two sums
+    over a sample's tokens."""
+    grad_x, grad_shift, along_normal = layer_norm_modulate_backward(grad, x, scale, weight, eps)
+    grad_scale = along_normal if weight is None else along_normal * weight
+    if bias is not None:
+        grad_scale = grad_scale + grad_shift * bias
+    factor = 1 if scale is None else 1 + scale.to(grad_shift.dtype)
+    return (
+        grad_x,
+        None if shift is None else grad_shift.to(shift.dtype),
+        None if scale is None else grad_scale.to(scale.dtype),
+        None if weight is None else (along_normal * factor).sum(0).to(weight.dtype),
+        None if bias is None else (grad_shift * factor).sum(0).to(bias.dtype),
+    )
+
+
 class _Gradient(torch.autograd.Function):
-    """All gradients of parameters follow from two sums over a sample's tokens. The moments are taken again: the row is
-    in the cache anyway."""
+    """The moments are taken again: the row is in the cache anyway."""
 
     @staticmethod
     def forward(
@@ -54,19 +73,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, scale, weight, bias = ctx.saved_tensors
-        grad_x, grad_shift, along_normal = layer_norm_modulate_backward(grad, x, scale, weight, ctx.eps)
-        grad_scale = along_normal if weight is None else along_normal * weight
-        if bias is not None:
-            grad_scale = grad_scale + grad_shift * bias
-        factor = 1 if scale is None else 1 + scale.to(grad_shift.dtype)
-        return (
-            grad_x,
-            None if shift is None else grad_shift.to(shift.dtype),
-            None if scale is None else grad_scale.to(scale.dtype),
-            None if weight is None else (along_normal * factor).sum(0).to(weight.dtype),
-            None if bias is None else (grad_shift * factor).sum(0).to(bias.dtype),
-            None,
-        )
+        return *gradients(grad, x, shift, scale, weight, bias, ctx.eps), None
 
 
 layer_norm_modulate.gradient(_Gradient)
