@@ -25,10 +25,10 @@ def convolve(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None, upsampl
     return conv2d(x, conv.weight, conv.bias, conv.stride[0], padding, residual=residual, upsample=upsample)
 
 
-def project(layer: nn.Linear, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A linear layer with the module's parameters and a residual, in one op. For tokens: a few rows, as of the time
-    embedding, take less time in PyTorch than the choice of a backend does."""
-    return linear(x, layer.weight, layer.bias, "none", residual)
+def project(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+    """A linear layer with the module's parameters and what follows it, in one op. For tokens: a few rows, as of the
+    time embedding, take less time in PyTorch than the choice of a backend does."""
+    return linear(x, layer.weight, layer.bias, activation, residual)
 
 
 class TimestepEmbedding(nn.Module):
@@ -97,9 +97,8 @@ class Attention(nn.Module):
         q, k, v = (
             project(proj, tokens).unflatten(-1, (-1, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v)
         )
-        out = project(
-            cast(nn.Linear, self.to_out[0]), attention(q, k, v), x.permute(0, 2, 3, 1).reshape(b, height * width, c)
-        )
+        pixels = x.permute(0, 2, 3, 1).reshape(b, height * width, c)
+        out = project(cast(nn.Linear, self.to_out[0]), attention(q, k, v), residual=pixels)
         out = out.reshape(b, height, width, c).permute(0, 3, 1, 2)
         return out / self.output_scale if self.output_scale != 1 else out
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.models import folder
-from diffkern.models.blocks import TimestepEmbedding
+from diffkern.models.blocks import TimestepEmbedding, project
+from diffkern.ops.attention import attention
 from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -150,8 +151,8 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        q, k, v = (linear(proj, x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
-        return linear(cast(nn.Linear, self.to_out[0]), attention(q, k, v))
+        q, k, v = (project(proj, x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
+        return project(cast(nn.Linear, self.to_out[0]), attention(q, k, v))
 
 
 class _Gelu(nn.Module):
@@ -167,7 +168,7 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, last = cast(_Gelu, self.net[0]).proj, cast(nn.Linear, self.net[2])
-        return linear(last, linear_gelu(first, x))
+        return project(last, project(first, x, "gelu_tanh"))
 
 
 class _Block(nn.Module):
@@ -180,25 +181,16 @@ class _Block(nn.Module):
         self.ff = _FeedForward(dim)
 
 
-def linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return module(x)
-
-
-def linear_gelu(module: nn.Linear, x: Tensor) -> Tensor:
-    """gelu(x W + b) with the tanh approximation (Hendrycks & Gimpel 2016)."""
-    return F.gelu(module(x), approximate="tanh")
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, S, H, D] each -> [B, S, H * D]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
 class DiT(nn.Module):
     """A class-conditional denoiser: (x [B, C, H, W], timestep [B], class labels [B]) -> [B, C, H, W]."""
 
-    OPS = ("timestep_embedding", "layer_norm_modulate", "gate_residual_norm_modulate")  # that a call runs
+    OPS = (
+        "timestep_embedding",
+        "linear",
+        "attention",
+        "layer_norm_modulate",
+        "gate_residual_norm_modulate",
+    )  # that a call runs
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -229,8 +221,8 @@ class DiT(nn.Module):
         dtype = self.proj_out_1.weight.dtype
         sinusoids = timestep_embedding(timestep, SINUSOIDS, freq_shift=1.0).to(dtype)
         vectors = [cast(_Block, b).norm1.emb(sinusoids, class_labels) for b in self.transformer_blocks]
-        rows = [linear(cast(_Block, b).norm1.linear, v) for b, v in zip(self.transformer_blocks, vectors, strict=True)]
-        rows.append(linear(self.proj_out_1, vectors[0]))
+        rows = [cast(_Block, b).norm1.linear(v) for b, v in zip(self.transformer_blocks, vectors, strict=True)]
+        rows.append(self.proj_out_1(vectors[0]))
         return torch.cat([row.unflatten(1, (-1, self.config.width)).transpose(0, 1) for row in rows])
 
     def forward(
@@ -267,7 +259,7 @@ class DiT(nn.Module):
             stream, h = gate_residual_norm_modulate(stream, block.ff(h), last_gate, next_shift, next_scale, eps=EPS)
 
         channels = self.out_channels
-        patches = linear(self.proj_out_2, h).unflatten(2, (patch, patch, channels))
+        patches = project(self.proj_out_2, h).unflatten(2, (patch, patch, channels))
         patches = patches.unflatten(1, (x.shape[2] // patch, x.shape[3] // patch))
         out = patches if with_sigma else patches[..., : x.shape[1]]
         return out.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3).contiguous()
