@@ -129,7 +129,7 @@ class _Mid(nn.Module):
 class UNet2D(nn.Module):
     """A denoiser of pictures: (x [B, C, H, W], timestep [B], class labels [B]) -> [B, out_channels, H, W]."""
 
-    OPS = ("timestep_embedding", "group_norm_silu")  # that a call runs
+    OPS = ("timestep_embedding", "conv2d", "group_norm_silu", "linear", "attention")  # that a call runs
 
     def __init__(self, config: UNet2DConfig) -> None:
         super().__init__()
