@@ -47,11 +47,17 @@ def torch_group_norm_silu(
     return F.silu(y) if silu else y
 
 
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "randn": torch_randn,
     "add_noise": torch_add_noise,
     "reparameterize": torch_reparameterize,
     "group_norm_silu": torch_group_norm_silu,
+    "attention": torch_attention,
 }
 
 
