@@ -15,64 +15,13 @@ from typing import Any
 
 import record
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from plain import PLAIN
 from tqdm import tqdm
 
-from diffkern.layout import per_sample
 from diffkern.op import OPS, Op
 from diffkern.testing import check
 
 Call = Callable[[], Any]
-
-
-def torch_randn(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Tensor:
-    return torch.randn(keys.shape[0], *shape, dtype=dtype, device=keys.device)
-
-
-def torch_add_noise(x0: Tensor, t: Tensor, table: Tensor, keys: Tensor, draw: int, more: bool) -> tuple[Tensor, ...]:
-    alpha, sigma = table[t].to(x0.dtype).unbind(-1)
-    noise = torch.randn_like(x0)
-    return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * noise, noise
-
-
-def torch_reparameterize(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
-    return mean + torch.exp(logvar / 2) * torch.randn_like(mean)
-
-
-def torch_group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
-) -> Tensor:
-    y = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(y) if silu else y
-
-
-def torch_layer_norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale[:, None]) + shift[:, None]
-
-
-def torch_gate_residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    r = x + gate[:, None] * y
-    return r, torch_layer_norm_modulate(r, shift, scale, *rest)
-
-
-def torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-PLAIN: dict[str, Callable[..., Any]] = {
-    "randn": torch_randn,
-    "add_noise": torch_add_noise,
-    "reparameterize": torch_reparameterize,
-    "group_norm_silu": torch_group_norm_silu,
-    "layer_norm_modulate": torch_layer_norm_modulate,
-    "gate_residual_norm_modulate": torch_gate_residual_norm_modulate,
-    "rms_norm": torch_rms_norm,
-}
 
 
 def rivals(op: Op, args: tuple[Any, ...], device: str, compiled: bool) -> dict[str, Call]:
@@ -81,7 +30,7 @@ def rivals(op: Op, args: tuple[Any, ...], device: str, compiled: bool) -> dict[s
     for backend in op.backends:
         if backend.why_not(args) is None:
             check(op, backend.name, args)
-            calls[backend.name] = lambda run=backend.run: run(*args)  # type: ignore[misc]
+            calls[backend.name] = lambda backend=backend: backend(*args)  # type: ignore[misc]
     calls["reference"] = lambda: op.reference(*args)
     if op.name in PLAIN:
         calls["torch"] = lambda: PLAIN[op.name](*args)

@@ -100,7 +100,7 @@ def _attention(
         k_ptr += KEYS * UNIT * k_token
         v_ptr += KEYS * UNIT * v_token
 
-    share = tl.where(total == 0, 0.0, 1 / total)
+    share = 1 / tl.where(total == 0, 1.0, total)  # without a key the result is zero already
     row = tl.arange(0, QUERIES)
     out_ptr += ((sample * queries + first) * heads + head) * D
     place = out_ptr + row[:, None] * (heads * D)

@@ -23,7 +23,7 @@ constexpr int64_t kLanes = 8, kRegisters = 16;
 #endif
 constexpr int kVectors = kRegisters / 8;      // of queries that a panel has at most
 constexpr int64_t kQueries = 64, kKeys = 96;  // in a block
-constexpr int64_t kHeld = 1 << 18;            // floats: the keys of a head, and its values, that fit into a core's cache
+constexpr int64_t kHeld = 1 << 18;            // floats: the keys of a head, or its values, that stay in a cache
 constexpr int64_t kGrain = 1 << 19;           // multiply-adds that are worth another thread
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -220,8 +220,8 @@ class Worker {
   Worker(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, T* out)
       : p_(p), q_(q), k_(k), v_(v), out_(out), whole_(p.keys * p.row() <= kHeld), room_(room()),
         query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())), key_(room_.take(held())),
-        value_(room_.take(held())), scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)), total_(room_.take(kQueries)),
-        decay_(room_.take(kQueries)), lines_(room_.take(kVectors * kLanes * p.row())) {}
+        value_(room_.take(held())), scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)),
+        total_(room_.take(kQueries)), decay_(room_.take(kQueries)), lines_(room_.take(kVectors * kLanes * p.row())) {}
 
   // The queries of one head from `first` on.
   void run(int64_t b, int64_t h, int64_t first) {
@@ -289,7 +289,7 @@ class Worker {
   void store(int64_t b, int64_t h, int64_t first, int64_t queries, int64_t width, const Panel& panel) {
     for (int64_t j = 0; j < queries; j += kLanes) {
       const Vector& total = vector(panel.total + j);
-      const Vector share = total == 0.0f ? Vector{} : 1.0f / total;
+      const Vector share = 1.0f / (total == 0.0f ? Vector{} + 1.0f : total);  // no key: the result is zero already
       for (int64_t d = 0; d < p_.dim; d += kLanes) {
         transpose(panel.out + d * width + j, width, lines_ + d, p_.row(), share);
       }
@@ -346,7 +346,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) { m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
+  m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
 

@@ -67,7 +67,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None)
 
 
 def _is_faster(q: Tensor) -> bool:
-    """Whether the C++ kernel is, beside PyTorch's."""
+    """Whether the C++ kernel is, beside PyTorch's. With AVX-512 and float32 it is 1.0 to 1.9 times as fast up to 256
+    numbers a head (least for wide heads and few tokens) and 0.9 times at 512; with bfloat16 1.2 to 2.4 times."""
     return q.dtype != torch.float32 or q.shape[-1] <= 256
 
 
@@ -118,7 +119,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("far apart", 2, 33, 130, 2, 16, spread=30.0)
     for mask in masks:
         yield sample(f"masked, {mask}", 1 if mask == "causal" else 2, 6, 6, 2, 8, mask=mask)
-    for side, dim in ((64, 40), (32, 80), (16, 160), (8, 160)):
+    for side, dim in ((16, 160), (8, 160), (32, 80), (64, 40)):
         batch = 1 if side == 64 else 2  # the reference's scores would not fit into many memories
         yield sample(f"SD 1.5 {side}x{side}", batch, side**2, side**2, 8, dim, packed=True, workload=True)
         yield sample(f"SD 1.5 {side}x{side}, text", 2, side**2, 77, 8, dim, packed=True, workload=True)

@@ -1,0 +1,73 @@
+"""What one would write in PyTorch in place of an op, in the tensors' own dtype and with PyTorch's own generator: the
+rivals that a kernel has to beat, eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffkern.layout import per_channel, per_sample
+
+
+def torch_randn(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Tensor:
+    return torch.randn(keys.shape[0], *shape, dtype=dtype, device=keys.device)
+
+
+def torch_add_noise(x0: Tensor, t: Tensor, table: Tensor, keys: Tensor, draw: int, more: bool) -> tuple[Tensor, ...]:
+    alpha, sigma = table[t].to(x0.dtype).unbind(-1)
+    noise = torch.randn_like(x0)
+    return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * noise, noise
+
+
+def torch_reparameterize(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
+    return mean + torch.exp(logvar / 2) * torch.randn_like(mean)
+
+
+def torch_group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+) -> Tensor:  # fmt: skip
+    x = x if skip is None else torch.cat([x, skip], dim=1)
+    x = x if add is None else x + per_channel(add, x)
+    y = F.group_norm(x, groups, weight, bias, eps)
+    if scale is not None and shift is not None:
+        y = y * (1 + per_channel(scale, y)) + per_channel(shift, y)
+    return F.silu(y) if silu else y
+
+
+def torch_layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+def torch_gate_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    r = x + gate[:, None] * y
+    return r, torch_layer_norm_modulate(r, shift, scale, *rest)
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    "randn": torch_randn,
+    "add_noise": torch_add_noise,
+    "reparameterize": torch_reparameterize,
+    "group_norm_silu": torch_group_norm_silu,
+    "layer_norm_modulate": torch_layer_norm_modulate,
+    "gate_residual_norm_modulate": torch_gate_residual_norm_modulate,
+    "rms_norm": torch_rms_norm,
+    "attention": torch_attention,
+}
