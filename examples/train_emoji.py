@@ -1,4 +1,4 @@
-"""Train the 32x32 emoji model that comes with diffkern, `diffkern/assets/emoji-32`, on a CPU in about two hours.
+"""Train the 32x32 emoji model that comes with diffkern, `diffkern/assets/emoji-32`, on a CPU in an afternoon.
 
     python examples/train_emoji.py runs/emoji --export my-emoji
     diffkern sample --model my-emoji --label food
@@ -260,16 +260,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--start", type=Path, metavar="FOLDER", help="begin with that model's weights, not with random ones")
     p.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf, with bitmaps")
     p.add_argument("--emoji-test", type=Path, default=EMOJI_TEST, help="Unicode's emoji-test.txt")
-    p.add_argument("--steps", type=_at_least_one, default=2450, help="(default: %(default)s)")
+    p.add_argument("--steps", type=_at_least_one, default=7500, help="(default: %(default)s)")
     p.add_argument("--batch", type=_at_least_one, default=48, help="(default: %(default)s)")
     p.add_argument("--lr", type=float, default=2e-3, help="of Muon; AdamW has half (default: %(default)s)")
     p.add_argument("--warmup", type=_at_least_one, default=100, help="steps (default: %(default)s)")
-    p.add_argument("--decay", type=float, default=0.47, help="part of the steps (default: %(default)s)")
-    p.add_argument("--ema", type=float, default=0.997, help="decay of the averaged weights (default: %(default)s)")
-    p.add_argument("--guidance", type=float, default=2.0, help="of the pictures of the log (default: %(default)s)")
+    p.add_argument("--decay", type=float, default=0.3, help="part of the steps (default: %(default)s)")
+    p.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights (default: %(default)s)")
+    p.add_argument("--guidance", type=float, default=3.0, help="of the pictures of the log (default: %(default)s)")
     p.add_argument("--log-every", type=_at_least_one, default=25, metavar="STEPS")
     p.add_argument("--save-every", type=_at_least_one, default=100, metavar="STEPS")
-    p.add_argument("--sample-every", type=_at_least_one, default=500, metavar="STEPS")
+    p.add_argument("--sample-every", type=_at_least_one, default=1000, metavar="STEPS")
     p.add_argument("--workers", type=_at_least_one, default=os.cpu_count() or 1, help="threads (default: all cores)")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
