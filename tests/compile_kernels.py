@@ -78,7 +78,7 @@ def launches(name: str) -> dict[str, Launch]:
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = describe(kernel, args, kwargs)
-        flags = {k: v if isinstance(v, bool | None) else v > 1 for k, v in launch.constexprs.items()}
+        flags = {k: v > 1 if type(v) is int else v for k, v in launch.constexprs.items()}
         structure = f"{kernel.__name__} {flags} {launch.options}"
         key = f"{structure} {launch.signature}" if workload else structure
         if key not in seen:
@@ -119,7 +119,7 @@ def compile_job(job: int) -> dict[str, Any]:
         "scratch": built.metadata.global_scratch_size,
         **{name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)},
         "instructions": len(code),
-        "wide_loads": sum(op.startswith("LDG.E.128") for op in code),
+        "wide_loads": sum(re.match(r"LDG(STS)?\.E\b.*\.128\b", op) is not None for op in code),
         "wide_stores": sum(op.startswith("STG.E.128") for op in code),
         "spills": [op for op in code if op.startswith(("LDL", "STL"))],
         "doubles": [op for op in code if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]

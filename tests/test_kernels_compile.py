@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 ARCHS = ("90", "80", "100")  # the first gets every variant, the others one of each kernel
 REGISTERS, REGISTERS_ODD = 128, 168  # of the workloads, and of odd shapes: 65536 a multiprocessor
 SHARED = 48 * 1024
-# Attention waits for the tensor cores, not for other programs: all registers, and what sm_86 has of shared memory.
-REGISTERS_ALL, SHARED_ALL, TENSOR_CORES = 255, 99 * 1024, {"_attention"}
+# Products wait for the tensor cores, not for other programs: all registers, and what sm_86 has of shared memory.
+REGISTERS_ALL, SHARED_ALL, TENSOR_CORES = 255, 99 * 1024, {"_attention", "_conv2d", "_linear"}
 # All instructions of the program, over the normals that a thread makes: torch's Triton noise alone takes 129 a normal.
 PER_NORMAL = {"_randn": 33, "_add_noise": 38, "_reparameterize": 43}
 READS_NO_TENSOR, WRITES_NO_TENSOR = {"_randn", "_timestep_embedding"}, {"_moments"}

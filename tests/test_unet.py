@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffkern import use_backend
 from diffkern.models.folder import WEIGHTS, ModelError
 from diffkern.models.unet import UNet2D
+from diffkern.op import availability, triton_interpreted
+from diffkern.testing import ulp
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -92,6 +95,26 @@ def test_gradients_equal_diffusers(tmp_path):
     expected = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.skipif(
+    availability("triton") is not None or not triton_interpreted(), reason="runs the kernels in Triton's interpreter"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_unet_in_triton_kernels(saved, dtype):
+    """As one op is judged: by float64, and by what the references make of this dtype."""
+    model = UNet2D.from_folder(saved, dtype)
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    with torch.no_grad():
+        for backend in ("triton", "reference"):
+            with use_backend(backend):
+                results.append(model(x, torch.tensor([37.5])).double())
+        with use_backend("reference"):
+            exact = model.double()(x.double(), torch.tensor([37.5]))
+    got, plain = ((y - exact).abs().max() for y in results)
+    assert got <= 2 * plain + ulp(exact.std(), dtype)
+    assert exact.std() > 0.01, "an output of zeros would prove nothing"
 
 
 @pytest.fixture(name="saved")

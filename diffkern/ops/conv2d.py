@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, forced_backend, op
 from diffkern.ops.linear import ACTIVATIONS, activate
 from diffkern.packing import compute_dtype, packed
 
@@ -185,6 +185,25 @@ def quarters_of(weight: Tensor) -> Tensor:
         return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
 
     return torch.cat([quarter for half in pairs(weight.to(accumulate(weight.dtype)), 2) for quarter in pairs(half, 3)])
+
+
+@conv2d.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> Tensor:  # fmt: skip
+    # Not yet timed on a GPU: until a record says where the kernel is faster, it runs only when it is asked for.
+    if forced_backend() != "triton":
+        return compose(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    from diffkern.kernels.conv2d import conv2d as kernel
+
+    shape = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    out = torch.empty(*shape, device=x.device, dtype=x.dtype, memory_format=memory_format(x))
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias, add = (None if t is None else t.contiguous() for t in (bias, add))
+    residual = None if residual is None else residual.contiguous(memory_format=memory_format(x))
+    left, _, top, _ = _sides(padding, weight)
+    return kernel(x, weight, bias, stride, (top, left), add, residual, activation, upsample, out)
 
 
 @conv2d.gradient
