@@ -28,10 +28,10 @@ class Cut(NamedTuple):
 
 def cut_of(n: int, k: int, size: int, accumulators: int = 1, large: bool = True) -> Cut:
     """For n columns, sums over k numbers of `size` bytes, and so many tiles of sums; large tiles only if `large`."""
-    wide = k % 8 == 0  # else numbers come one by one, and their addresses take the registers
+    wide = k % 16 == 0  # what Triton knows of k; else numbers come one by one, and addresses fill registers
     if size == 4:  # no tensor cores in full precision: products in registers, which small tiles leave room for
         rows, most, depth, warps = 64, 64, 16, 8
-    elif n >= 1024 and n % 8 == 0 and wide and large:
+    elif n >= 1024 and n % 16 == 0 and wide and large:
         rows, most, depth, warps = 128, 128, 64, 8
     else:  # enough programs for the chip also where the layer is narrow
         rows, most, depth, warps = 64, 64, 64 if wide else 32, 4 if wide else 8
