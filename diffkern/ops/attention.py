@@ -29,13 +29,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask:
     return (weights @ value).transpose(1, 2).flatten(2).to(q.dtype)
 
 
-@attention.gradient
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    """PyTorch's own: what trains, and what runs where it is faster than the kernels here."""
-    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
-
-
 def _supports(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> bool | str:
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "takes q, k and v of one dtype"
@@ -49,14 +42,12 @@ def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-@attention.backend("triton", devices=("cuda",), supports=_supports, strided=True)
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    # Not yet timed on a GPU: until a record says where the kernel is faster, it runs only when it is asked for.
-    if mask is not None or forced_backend() != "triton":
-        return _fused(q, k, v, scale, mask)
-    from diffkern.kernels.attention import attention as kernel
-
-    return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale)
+@attention.gradient
+@attention.backend("torch", devices=("cuda",), supports=_supports, strided=True)
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    """PyTorch's own: what trains, and what runs where it is faster than the kernels here."""
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
 
 
 @attention.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
@@ -70,6 +61,16 @@ def _is_faster(q: Tensor) -> bool:
     """Whether the C++ kernel is, beside PyTorch's. With AVX-512 and float32 it is 1.0 to 1.9 times as fast up to 256
     numbers a head (least for wide heads and few tokens) and 0.9 times at 512; with bfloat16 1.2 to 2.4 times."""
     return q.dtype != torch.float32 or q.shape[-1] <= 256
+
+
+# Not yet timed on a GPU: until a record says where it is faster, it comes last and runs only when it is asked for.
+@attention.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        return _fused(q, k, v, scale, mask)
+    from diffkern.kernels.attention import attention as kernel
+
+    return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @attention.samples

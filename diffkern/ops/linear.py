@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Cost, Sample, forced_backend, op
+from diffkern.op import Cost, Sample, op
 from diffkern.packing import compute_dtype, packed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -146,21 +146,6 @@ def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), _ROWS)
 
 
-@linear.backend("triton", devices=("cuda",), supports=_supports, strided=True)
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
-) -> Tensor:
-    # Not yet timed on a GPU: until a record says where the kernel is faster, it runs only when it is asked for.
-    if forced_backend() != "triton":
-        return compose(x, weight, bias, activation, residual, gate)
-    from diffkern.kernels.linear import linear as kernel
-
-    _check(x, weight, bias, activation, residual, gate)
-    x, weight = x.contiguous(), weight.contiguous()
-    bias, residual, gate = (None if t is None else t.contiguous() for t in (bias, residual, gate))
-    return kernel(x, weight, bias, activation, residual, gate)
-
-
 @linear.gradient
 @linear.backend("torch", devices=("cpu", "cuda"), strided=True)
 def compose(
@@ -170,6 +155,19 @@ def compose(
     y = activate(F.linear(x, weight, bias), activation)
     y = y if gate is None else y * _gate_rows(gate, x)
     return (y if residual is None else y + residual).contiguous()
+
+
+# Not yet timed on a GPU: until a record says where it is faster, it comes last and runs only when it is asked for.
+@linear.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    from diffkern.kernels.linear import linear as kernel
+
+    _check(x, weight, bias, activation, residual, gate)
+    x, weight = x.contiguous(), weight.contiguous()
+    bias, residual, gate = (None if t is None else t.contiguous() for t in (bias, residual, gate))
+    return kernel(x, weight, bias, activation, residual, gate)
 
 
 @linear.samples
