@@ -47,7 +47,7 @@ def end_to_end(record: dict[str, Any]) -> str:
 
 def ops(record: dict[str, Any]) -> str:
     lines = [
-        f"Every op on its workloads, {where(record['machine'])}. The rival is the fastest of the reference, what one",
+        f"Ops on their workloads, {where(record['machine'])}. The rival is the fastest of the reference, what one",
         "would write in PyTorch with its own generator, and torch.compile of both. A clone of as many bytes is 100 %.",
         "",
         "| op | workload | dtype | backend | GB/s | of copy | rival | faster by |",
