@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffkern import use_backend
+from diffkern.models.blocks import Downsample
 from diffkern.models.folder import WEIGHTS, ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.op import availability, triton_interpreted
@@ -95,6 +96,15 @@ def test_gradients_equal_diffusers(tmp_path):
     expected = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_downsampling_pads_as_the_module_says(padding):
+    down = Downsample(4, padding)
+    x = torch.randn(2, 4, 7, 8)
+    expected = down.conv(x if padding else torch.nn.functional.pad(x, (0, 1, 0, 1)))
+    with torch.no_grad():
+        torch.testing.assert_close(down(x), expected)
 
 
 @pytest.mark.skipif(

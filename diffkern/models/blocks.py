@@ -19,9 +19,11 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor) 
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, **more)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
-    """A convolution with the module's parameters and what follows it, in one op."""
-    padding = None if conv.padding[0] == conv.kernel_size[0] // 2 else [0, 1, 0, 1]  # DDPM's downsampling
+def convolve(
+    conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None, upsample: bool = False, padding: list[int] | None = None
+) -> Tensor:
+    """A convolution with the module's parameters and what follows it, in one op. padding: in place of the module's."""
+    padding = [int(conv.padding[0])] if padding is None else padding
     return conv2d(x, conv.weight, conv.bias, conv.stride[0], padding, residual=residual, upsample=upsample)
 
 
@@ -110,7 +112,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halves H and W. Padding 0 means one row and column of zeros at the end only, as in the DDPM weights."""
-        return convolve(self.conv, x)
+        return convolve(self.conv, x, padding=None if self.conv.padding[0] else [0, 1, 0, 1])
 
 
 class Upsample(nn.Module):
