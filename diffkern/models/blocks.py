@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,13 +46,14 @@ class TimestepEmbedding(nn.Module):
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, conv, time embedding, norm, SiLU, conv, residual (Ho et al. 2020, appendix B). With `scale_shift` the
-    time embedding scales and shifts the second norm instead of being added (Dhariwal & Nichol 2021)."""
+    time embedding scales and shifts the second norm instead of being added (Dhariwal & Nichol 2021). With time_dim None
+    there is no time, as in an autoencoder."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        time_dim: int,
+        time_dim: int | None,
         groups: int,
         eps: float,
         dropout: float = 0.0,
@@ -62,16 +64,21 @@ class ResnetBlock(nn.Module):
         self.scale_shift, self.output_scale, self.dropout = scale_shift, output_scale, dropout
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
+        if time_dim is not None:
+            self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x: [B, C, H, W]. emb: [B, time_dim], SiLU already applied. Returns [B, out_channels, H, W]."""
+    def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """x: [B, C1, H, W]. skip: [B, C2, H, W], joined to it, or None; C1 + C2 = in_channels. time: what time_emb_proj
+        makes of the embedding after SiLU: [B, out_channels], twice as wide with scale_shift, or None. Returns
+        [B, out_channels, H, W]."""
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         h = convolve(self.conv1, norm_silu(self.norm1, x))
-        time = self.time_emb_proj(emb)
-        if self.scale_shift:
+        if time is None:
+            h = norm_silu(self.norm2, h)
+        elif self.scale_shift:
             scale, shift = time.chunk(2, dim=1)
             h = norm_silu(self.norm2, h, scale=scale, shift=shift)
         else:
@@ -79,6 +86,11 @@ class ResnetBlock(nn.Module):
         shortcut = x if self.conv_shortcut is None else convolve(self.conv_shortcut, x)
         h = convolve(self.conv2, F.dropout(h, self.dropout, self.training), shortcut)
         return h / self.output_scale if self.output_scale != 1 else h
+
+
+def resnet_blocks(model: nn.Module) -> list[ResnetBlock]:
+    """The residual blocks of a model, in the order that they were made in."""
+    return [m for m in model.modules() if isinstance(m, ResnetBlock)]
 
 
 class Attention(nn.Module):

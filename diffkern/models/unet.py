@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.models import folder
-from diffkern.models.blocks import Attention, Downsample, ResnetBlock, TimestepEmbedding, Upsample, convolve, norm_silu
+from diffkern.models.blocks import (
+    Attention,
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    convolve,
+    norm_silu,
+    resnet_blocks,
+)
 from diffkern.ops.timestep_embedding import timestep_embedding
 
 
@@ -109,8 +118,8 @@ class _Level(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def layer(self, i: int, x: Tensor, emb: Tensor) -> Tensor:
-        x = self.resnets[i](x, emb)
+    def layer(self, i: int, x: Tensor, time: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = self.resnets[i](x, time, skip)
         return self.attentions[i](x) if hasattr(self, "attentions") else x
 
 
@@ -119,11 +128,11 @@ class _Mid(nn.Module):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        x = self.resnets[0](x, emb)
+    def forward(self, x: Tensor, times: Iterator[Tensor]) -> Tensor:
+        x = self.resnets[0](x, next(times))
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x, emb)
+        return self.resnets[1](x, next(times))
 
 
 class UNet2D(nn.Module):
@@ -183,6 +192,7 @@ class UNet2D(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
+        self.time_widths = [block.time_emb_proj.out_features for block in resnet_blocks(self)]
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -198,35 +208,53 @@ class UNet2D(nn.Module):
         """How many labels there are, a null label included; 0 if the model is not class-conditional."""
         return self.config.num_class_embeds or 0
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """x: [B, C, H, W]. timestep: [B] or scalar, may be fractional. class_labels: int64 [B], given exactly if the
-        model is class-conditional. Returns [B, out_channels, H, W], channels_last, dtype of the weights."""
+    def conditioning(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """All that the network is told by timestep [B] and class_labels int64 [B]: the rows that its residual blocks
+        add, or scale and shift by, side by side in the order of the blocks. Give a run's timesteps and labels at once,
+        and rows of the result to `forward`. Returns [B, sum of the blocks' widths]."""
         if (class_labels is None) != (self.class_embedding is None):
             needs = "needs class labels" if class_labels is None else "is not class-conditional: it takes no labels"
             raise ValueError(f"this model {needs}")
         c = self.config
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = convolve(self.conv_in, 2 * x - 1 if c.center_input_sample else x)
-        t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
-        sinusoids = timestep_embedding(t, self.conv_in.out_channels, c.flip_sin_to_cos, c.freq_shift)
-        emb = self.time_embedding(sinusoids.to(x.dtype))
+        sinusoids = timestep_embedding(timestep, self.conv_in.out_channels, c.flip_sin_to_cos, c.freq_shift)
+        emb = self.time_embedding(sinusoids.to(self.conv_in.weight.dtype))
         if self.class_embedding is not None and class_labels is not None:
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # every block applies it first: once is enough
+        return torch.cat([block.time_emb_proj(emb) for block in resnet_blocks(self)], dim=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        conditioning: Tensor | None = None,
+    ) -> Tensor:
+        """x: [B, C, H, W]. timestep: [B] or scalar, may be fractional. class_labels: int64 [B], given exactly if the
+        model is class-conditional. conditioning: that of the two, instead of them. Returns [B, out_channels, H, W],
+        channels_last, dtype of the weights."""
+        if conditioning is None:
+            if timestep is None:
+                raise ValueError("this model needs a timestep, or its conditioning")
+            t = torch.as_tensor(timestep, device=x.device).expand(x.shape[0])
+            conditioning = self.conditioning(t, class_labels)
+        times = iter(conditioning.split(self.time_widths, dim=1))
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = convolve(self.conv_in, 2 * x - 1 if self.config.center_input_sample else x)
 
         skips = [x]
         for down in self._levels(self.down_blocks):
             for i in range(len(down.resnets)):
-                x = down.layer(i, x, emb)
+                x = down.layer(i, x, next(times))
                 skips.append(x)
             if down.downsamplers is not None:
                 x = down.downsamplers[0](x)
                 skips.append(x)
         if self.mid_block is not None:
-            x = self.mid_block(x, emb)
+            x = self.mid_block(x, times)
         for up in self._levels(self.up_blocks):
             for i in range(len(up.resnets)):
-                x = up.layer(i, torch.cat([x, skips.pop()], dim=1), emb)
+                x = up.layer(i, x, next(times), skips.pop())
             if up.upsamplers is not None:
                 x = up.upsamplers[0](x)
         return convolve(self.conv_out, norm_silu(self.conv_norm_out, x))
