@@ -1,5 +1,6 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
+from diffkern.invariant import batch_invariant
 from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
@@ -43,6 +44,7 @@ __all__ = [
     "UNet2D",
     "add_noise",
     "attention",
+    "batch_invariant",
     "bundled",
     "conv2d",
     "explain",

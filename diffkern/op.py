@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import native
+from diffkern import invariant, native
 from diffkern.layout import dense
 
 OPS: dict[str, Op] = {}
@@ -111,6 +111,7 @@ class Op:
     reference: Callable[..., Any]
     backends: list[Backend] = field(default_factory=list)
     grad: Callable[..., Any] | None = None
+    invariantly: Callable[..., Any] | None = None
     make_samples: Callable[[str, torch.dtype], Iterator[Sample]] = _no_samples
     count_cost: Callable[..., Cost] = _no_cost
 
@@ -179,6 +180,10 @@ class Op:
         self.grad = getattr(function, "apply", function)
         return function
 
+    def batch_invariant(self, run: Callable[..., Any]) -> None:
+        """Register how a backend that promises no batch invariance is made to have it: run(backend, *args)."""
+        self.invariantly = run
+
     def samples(self, make: Callable[[str, torch.dtype], Iterator[Sample]]) -> None:
         """Register the sample calls: a generator of `Sample` for a device and a dtype."""
         self.make_samples = make
@@ -208,7 +213,10 @@ class Op:
         raise BackendError(f"{self.name}: backend {forced!r} was forced but this op has only: {have}")
 
     def _dispatch(self, *args: Any) -> Any:
-        return self.choose(args)(*args)
+        chosen = self.choose(args)
+        if self.invariantly is not None and invariant.is_on():
+            return self.invariantly(chosen, *args)
+        return chosen(*args)
 
 
 def op(reference: Callable[..., Any]) -> Op:

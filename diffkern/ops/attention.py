@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.invariant import masked
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Cost, Sample, forced_backend, op
+from diffkern.op import Backend, Cost, Sample, forced_backend, op
 
 
 @op
@@ -71,6 +72,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None)
     from diffkern.kernels.attention import attention as kernel
 
     return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+@attention.batch_invariant
+def _(run: Backend, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    return masked(lambda q, k, v, mask: run(q, k, v, scale, mask), q, k, v, mask)
 
 
 @attention.samples
