@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import diffkern
+from diffkern.cli import main
 from diffkern.models.blocks import Upsample
 from diffkern.models.folder import WEIGHTS, ModelError
 from diffkern.models.unet_condition import UNet2DCondition, UNet2DConditionConfig
@@ -244,6 +245,44 @@ def test_samples_with_a_prompt_and_guidance():
     plain = diffkern.sample(alone, table, 2)
     assert (diffkern.sample(prompt, table, 2, guidance=1.0) - plain).abs().max() <= 1e-4
     assert (plain - both).abs().max() > 0.01
+
+
+# As published with the two, keys that choose the sampler included.
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "SD 1.5": {
+        "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+    },
+    "SDXL": {
+        "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.19.0.dev0", "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False, "interpolation_type": "linear",
+        "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False,
+        "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "leading", "trained_betas": None,
+        "use_karras_sigmas": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_pipeline_loads(name, tmp_path):
+    model = make_ours(name)
+    model.save(tmp_path / "unet", torch.float32)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULERS[name]))
+    loaded = diffkern.load(tmp_path)
+    assert torch.equal(loaded.schedule.alpha_t, scaled_linear().alpha_t)
+    args, told = inputs(model.config)
+    assert isinstance(loaded.model, diffkern.UNet2DCondition)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(*args, **told), model(*args, **told))
+
+
+def test_the_command_line_says_that_there_is_no_prompt(tmp_path, capsys):
+    make_ours("SD 1.5").save(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(SCHEDULERS["SD 1.5"]))
+    assert main(["sample", "--model", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
+    assert "this model needs encoder_hidden_states, the prompt" in capsys.readouterr().err
 
 
 def test_what_is_missing_gets_a_sentence():

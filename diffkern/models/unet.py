@@ -57,10 +57,6 @@ class UNet2D(UNet):
     OPS = ("timestep_embedding", "conv2d", "group_norm_silu", "linear", "attention")  # that a call runs
     CONFIG = UNet2DConfig
 
-    def __init__(self, config: UNet2DConfig) -> None:
-        super().__init__(config)
-        self.null_label: int | None = None
-
     def attention(self, kind: str, level: int) -> Attention | None:
         c = self.config
         width, groups, scale = c.block_out_channels[level], c.norm_num_groups, 1.0

@@ -145,6 +145,7 @@ class UNet(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.null_label: int | None = None
         c: UNetConfig = config
         channels = c.block_out_channels
         self.time_dim = c.time_embedding_dim or 4 * channels[0]
