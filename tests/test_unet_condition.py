@@ -292,6 +292,7 @@ def test_what_is_missing_gets_a_sentence():
         (lambda: model(x, t), "needs encoder_hidden_states, the prompt: give it, or sample with given"),
         (lambda: model(x, None, text), "needs a timestep, or its conditioning"),
         (lambda: model(x, t, text[..., :7]), r"encoder_hidden_states must be \[B, T, 12\], not \[3, 5, 7\]"),
+        (lambda: model(x, t, text, mask=torch.ones(3, 4)), r"the mask must be \[3, 5\] as .* is, not \[3, 4\]"),
         (lambda: model(x, t, text[:2]), "a batch of 3 takes 1 row, 2 for its halves, or 3, not 2"),
         (lambda: model.given(text)(x[:2], t[:2]), "a batch of 2 takes 1 row, 2 for its halves, or 2, not 3"),
         (lambda: model(x, t, text, class_labels=torch.zeros(3).long()), "takes no labels"),

@@ -165,10 +165,12 @@ class UNet2DCondition(UNet):
 
     def prompts(self, encoder_hidden_states: Tensor, mask: Tensor | None = None) -> Iterator[Context]:
         """The keys and values of a prompt [R, T, D] for each transformer block, one after the other. mask: [R, T], of
-        1 where there is a token and 0 where there is none. Raises ValueError for a prompt of another width."""
-        width = self.config.cross_attention_dim
-        if encoder_hidden_states.dim() != 3 or encoder_hidden_states.shape[2] != width:
-            raise ValueError(f"encoder_hidden_states must be [B, T, {width}], not {list(encoder_hidden_states.shape)}")
+        1 where there is a token and 0 where there is none. Raises ValueError for a prompt or mask of another shape."""
+        width, shape = self.config.cross_attention_dim, list(encoder_hidden_states.shape)
+        if len(shape) != 3 or shape[2] != width:
+            raise ValueError(f"encoder_hidden_states must be [B, T, {width}], not {shape}")
+        if mask is not None and list(mask.shape) != shape[:2]:
+            raise ValueError(f"the mask must be {shape[:2]} as encoder_hidden_states is, not {list(mask.shape)}")
         mask = None if mask is None else mask.bool()[:, None, None]
         blocks = (m for m in self.modules() if isinstance(m, TransformerBlock))
         return (block.attn2.context(encoder_hidden_states, mask) for block in blocks)
@@ -227,7 +229,7 @@ class Given(nn.Module):
         return self.model.sample_shape
 
     def conditioning(self, timestep: Tensor) -> Tensor:
-        """That of the model at timestep [B]."""
+        """That of the model for a batch at timestep [B]."""
         return self.model.conditioning(timestep, **self.told)
 
     def forward(self, x: Tensor, timestep: Tensor | None = None, conditioning: Tensor | None = None) -> Tensor:
