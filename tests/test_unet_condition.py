@@ -232,6 +232,17 @@ def test_rows_are_shared_out_to_the_batch(name, rows):
         assert (model.given(text, **told)(x, t) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["SD 1.5", "SDXL", "LCM"])
+def test_a_prompt_of_another_dtype_is_taken_in_that_of_the_weights(name):
+    model = make_ours(name).bfloat16()
+    args, told = inputs(model.config)
+    x, t, _ = given = inputs(model.config, dtype=torch.bfloat16)[0]
+    with torch.no_grad():
+        expected = model(*given, **told)
+        assert torch.equal(model(x, t, args[2], **told), expected)
+        assert expected.dtype == torch.bfloat16
+
+
 def test_samples_with_a_prompt_and_guidance():
     model = make_ours("SDXL")
     (_, _, text), told = inputs(model.config, 2)

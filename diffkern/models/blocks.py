@@ -56,7 +56,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if self.cond_proj is not None and condition is not None:
-            x = x + self.cond_proj(condition)
+            x = x + self.cond_proj(condition.to(x.dtype))
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

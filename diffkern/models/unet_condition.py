@@ -173,7 +173,8 @@ class UNet2DCondition(UNet):
             raise ValueError(f"the mask must be {shape[:2]} as encoder_hidden_states is, not {list(mask.shape)}")
         mask = None if mask is None else mask.bool()[:, None, None]
         blocks = (m for m in self.modules() if isinstance(m, TransformerBlock))
-        return (block.attn2.context(encoder_hidden_states, mask) for block in blocks)
+        tokens = encoder_hidden_states.to(self.conv_in.weight.dtype)
+        return (block.attn2.context(tokens, mask) for block in blocks)
 
     @torch.no_grad()
     def given(self, encoder_hidden_states: Tensor, mask: Tensor | None = None, **told: Tensor) -> Given:
