@@ -5,6 +5,7 @@ from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
+from diffkern.models.unet_condition import UNet2DCondition
 from diffkern.op import BackendError, explain, use_backend
 from diffkern.ops import (
     Draw,
@@ -42,6 +43,7 @@ __all__ = [
     "Schedule",
     "Table",
     "UNet2D",
+    "UNet2DCondition",
     "add_noise",
     "attention",
     "batch_invariant",

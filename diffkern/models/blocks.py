@@ -1,9 +1,9 @@
-"""The blocks that UNets are made of, thin and written in ops. Modules hold parameters under diffusers' names, so that
-its weights load as they are; channels_last from end to end."""
+"""The blocks that denoisers are made of, thin and written in ops. Modules hold parameters under diffusers' names, so
+that its weights load as they are; channels_last from end to end."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffkern.ops.attention import attention
 from diffkern.ops.conv2d import conv2d
 from diffkern.ops.group_norm_silu import group_norm_silu
-from diffkern.ops.linear import linear
+from diffkern.ops.linear import GATED, linear
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor) -> Tensor:
@@ -34,13 +34,29 @@ def project(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Ten
     return linear(x, layer.weight, layer.bias, activation, residual)
 
 
+def tokens_of(x: Tensor) -> Tensor:
+    """The pixels [B, C, H, W] as a sequence [B, H W, C]: of channels_last ones a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def pixels_of(tokens: Tensor, size: torch.Size) -> Tensor:
+    """Tokens [B, H W, C] as the pixels [B, C, H, W] of a picture of this size, channels_last: a view."""
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+
+
 class TimestepEmbedding(nn.Module):
-    def __init__(self, in_dim: int, dim: int) -> None:
+    """A vector through two layers. With condition_dim a second vector is added to it first, such as the embedding of a
+    guidance scale (Meng et al. 2023)."""
+
+    def __init__(self, in_dim: int, dim: int, condition_dim: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim)
+        self.cond_proj = nn.Linear(condition_dim, in_dim, bias=False) if condition_dim is not None else None
         self.linear_2 = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition.to(x.dtype))
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -93,28 +109,75 @@ def resnet_blocks(model: nn.Module) -> list[ResnetBlock]:
     return [m for m in model.modules() if isinstance(m, ResnetBlock)]
 
 
-class Attention(nn.Module):
+class Context(NamedTuple):
+    """What tokens attend to. keys, values: [R, T, H, D]. mask: bool [R, 1, 1, T], True where there is a key, or None.
+    Each of the R rows serves B / R samples of a batch in turn: a prompt that is the same for all has one row."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+
+class TokenAttention(nn.Module):
+    """Attention of tokens with dim features to themselves, or to others with context_dim features. bias: of the
+    projections to queries, keys and values."""
+
+    def __init__(self, dim: int, heads: int, bias: bool = True, context_dim: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k, self.to_v = (nn.Linear(context_dim or dim, dim, bias=bias) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def context(self, x: Tensor, mask: Tensor | None = None) -> Context:
+        """The keys and values of tokens [R, T, C]."""
+        keys, values = (project(layer, x).unflatten(-1, (self.heads, -1)) for layer in (self.to_k, self.to_v))
+        return Context(keys, values, mask)
+
+    def forward(self, x: Tensor, context: Context | None = None, residual: Tensor | None = None) -> Tensor:
+        """x: [B, T, C], which attends to itself if there is no context. Returns [B, T, C], residual added."""
+        keys, values, mask = self.context(x) if context is None else context
+        # Samples with one context are to the attention more queries of one sample: nothing has to be repeated.
+        rows = len(keys)
+        queries = project(self.to_q, x).view(rows, len(x) // max(1, rows) * x.shape[1], *keys.shape[2:])
+        out = attention(queries, keys, values, mask=mask).view(x.shape)
+        return project(cast(nn.Linear, self.to_out[0]), out, residual=residual)
+
+
+class Attention(TokenAttention):
     """Self-attention over the pixels, with a GroupNorm in front and a residual around."""
 
     def __init__(self, channels: int, head_dim: int, groups: int, eps: float, output_scale: float = 1.0) -> None:
-        super().__init__()
-        self.head_dim, self.output_scale = head_dim, output_scale
+        super().__init__(channels, channels // head_dim)
+        self.output_scale = output_scale
         self.group_norm = nn.GroupNorm(groups, channels, eps)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x: [B, C, H, W] -> [B, C, H, W]."""
-        b, c, height, width = x.shape
-        # channels_last, so that this view of the pixels as a sequence [B, H W, C] moves nothing
-        tokens = norm_silu(self.group_norm, x, silu=False).permute(0, 2, 3, 1).reshape(b, height * width, c)
-        q, k, v = (
-            project(proj, tokens).unflatten(-1, (-1, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v)
-        )
-        pixels = x.permute(0, 2, 3, 1).reshape(b, height * width, c)
-        out = project(cast(nn.Linear, self.to_out[0]), attention(q, k, v), residual=pixels)
-        out = out.reshape(b, height, width, c).permute(0, 3, 1, 2)
+        tokens = tokens_of(norm_silu(self.group_norm, x, silu=False))
+        out = pixels_of(super().forward(tokens, residual=tokens_of(x)), x.shape[2:])
         return out / self.output_scale if self.output_scale != 1 else out
+
+
+class _Activation(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+
+class FeedForward(nn.Module):
+    """The MLP of a transformer block, four times as wide inside. activation: one that the op `linear` has."""
+
+    def __init__(self, dim: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        first = _Activation(dim, 8 * dim if activation in GATED else 4 * dim)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C], residual added."""
+        first, last = cast(_Activation, self.net[0]).proj, cast(nn.Linear, self.net[2])
+        return project(last, project(first, x, self.activation), residual=residual)
 
 
 class Downsample(nn.Module):
@@ -132,6 +195,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Doubles H and W."""
-        return convolve(self.conv, x, upsample=True)
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        """Doubles H and W, or makes them `size`: that of a picture which halving had to round up."""
+        if size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
+            return convolve(self.conv, x, upsample=True)
+        return convolve(self.conv, F.interpolate(x, size, mode="nearest"))

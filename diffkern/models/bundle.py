@@ -10,10 +10,12 @@ import torch
 from diffkern.models.dit import DiT
 from diffkern.models.folder import WEIGHTS, ModelError, read_json
 from diffkern.models.unet import UNet2D
+from diffkern.models.unet_condition import UNet2DCondition
 from diffkern.schedules import Schedule, from_diffusers_config
 
-MODELS: dict[str, type[UNet2D] | type[DiT]] = {
+MODELS: dict[str, type[UNet2D] | type[UNet2DCondition] | type[DiT]] = {
     "UNet2DModel": UNet2D,
+    "UNet2DConditionModel": UNet2DCondition,
     "DiTTransformer2DModel": DiT,
     "Transformer2DModel": DiT,
 }
@@ -27,7 +29,7 @@ class Diffusion:
     order, empty if it has none."""
 
     name: str
-    model: UNet2D | DiT
+    model: UNet2D | UNet2DCondition | DiT
     schedule: Schedule
     labels: tuple[str, ...] = ()
 
@@ -55,9 +57,9 @@ def bundled() -> list[str]:
 
 
 def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Diffusion:
-    """A bundled model by name, or a diffusers folder of a `UNet2DModel` or `DiTTransformer2DModel` by path: flat, or a
-    pipeline's with `unet` or `transformer`, and `scheduler`, in it. A labels.json, if there, is {"labels": [names],
-    "null_label": number}.
+    """A bundled model by name, or a diffusers folder of a `UNet2DModel`, `UNet2DConditionModel` or
+    `DiTTransformer2DModel` by path: flat, or a pipeline's with `unet` or `transformer`, and `scheduler`, in it. A
+    labels.json, if there, is {"labels": [names], "null_label": number}.
 
     Raises ModelError, with a sentence that names what is wrong."""
     path = ASSETS / name if str(name) in bundled() else Path(name)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.models import folder
-from diffkern.models.blocks import TimestepEmbedding, project
-from diffkern.ops.attention import attention
+from diffkern.models.blocks import FeedForward, TimestepEmbedding, TokenAttention, project
 from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -139,46 +138,14 @@ class _AdaLayerNormZero(nn.Module):
         self.linear = nn.Linear(dim, 6 * dim)
 
 
-class _Attention(nn.Module):
-    """Self-attention of the tokens."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim = config.width
-        self.heads = config.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=config.attention_bias) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, T, C]."""
-        q, k, v = (project(proj, x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
-        return project(cast(nn.Linear, self.to_out[0]), attention(q, k, v))
-
-
-class _Gelu(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([_Gelu(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, last = cast(_Gelu, self.net[0]).proj, cast(nn.Linear, self.net[2])
-        return project(last, project(first, x, "gelu_tanh"))
-
-
 class _Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         dim = config.width
         self.norm1 = _AdaLayerNormZero(config.num_embeds_ada_norm, dim)
-        self.attn1 = _Attention(config)
+        self.attn1 = TokenAttention(dim, config.num_attention_heads, config.attention_bias)
         self.norm3 = nn.LayerNorm(dim, config.norm_eps, config.norm_elementwise_affine)
-        self.ff = _FeedForward(dim)
+        self.ff = FeedForward(dim, "gelu_tanh")
 
 
 class DiT(nn.Module):

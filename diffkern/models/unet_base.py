@@ -1,0 +1,292 @@
+"""What the UNets of diffusers have in common: most keys of their configs, their folders, and the U itself: levels of
+residual blocks, each of half the resolution of the one above, down and up again with skips across (Ho et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffkern.models import folder
+from diffkern.models.blocks import (
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    convolve,
+    norm_silu,
+    resnet_blocks,
+)
+from diffkern.ops.timestep_embedding import timestep_embedding
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The keys that the configs share and that shape the network, with diffusers' defaults."""
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ()
+    mid_block_type: str | None = None
+    up_block_types: tuple[str, ...] = ()
+    block_out_channels: tuple[int, ...] = ()
+    layers_per_block: int | tuple[int, ...] = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+
+    CLASS_NAME: ClassVar[str]  # of diffusers
+    # What this implementation can do, where diffusers can do more.
+    ALLOWED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "time_embedding_type": ("positional",),
+        "act_fn": ("silu", "swish"),
+        "resnet_time_scale_shift": ("default", "scale_shift"),
+        "class_embed_type": (None,),
+    }
+    BLOCKS: ClassVar[dict[str, tuple[str, ...]]]  # the same, for lists of names
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            folder.check_type(f.name, getattr(self, f.name), str(f.type))
+        for key, allowed in self.ALLOWED.items():
+            folder.check_choice(key, getattr(self, key), allowed)
+        for key, allowed in self.BLOCKS.items():
+            for block in getattr(self, key):
+                folder.check_choice(key, block, allowed)
+        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
+            raise folder.ModelError("down_block_types, up_block_types and block_out_channels differ in length")
+        self.check_range("norm_num_groups", 1, 65536)
+        self.check_range("layers_per_block", 1, 64)
+        self.check_range("block_out_channels", 1, 65536)
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise folder.ModelError(
+                    f"block_out_channels has {channels}, which norm_num_groups {self.norm_num_groups} does not divide"
+                )
+
+    def check_range(self, key: str, low: int, high: int) -> None:
+        """Check a number, or that of each level. Raises ModelError if one is out of range or a level has none."""
+        value = getattr(self, key)
+        values = value if isinstance(value, tuple) else (value,)
+        if not values or not all(v is not None and low <= v <= high for v in values):
+            raise folder.ModelError(f"config.json has {key} {value!r}: allowed here is {low} to {high}")
+        if isinstance(value, tuple) and len(value) != len(self.block_out_channels):
+            raise folder.ModelError(
+                f"config.json has {key} {value!r}, which is not one for each of {len(self.block_out_channels)} levels"
+            )
+
+    def per_level(self, value: T | tuple[T, ...]) -> tuple[T, ...]:
+        """One value a level, from the top, of a key that may have one for all."""
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """Read a diffusers config. Raises ModelError naming a value that this implementation cannot build."""
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        return cls(**values)
+
+
+class Level(nn.Module):
+    """One resolution, on the way down or up: residual blocks, attention after each if any, then the resampling."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module]) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
+
+    def layer(self, i: int, x: Tensor, time: Tensor, skip: Tensor | None, given: Sequence[Any]) -> Tensor:
+        x = self.resnets[i](x, time, skip)
+        return self.attentions[i](x, *given) if self.attentions else x
+
+
+class Middle(nn.Module):
+    """The lowest resolution: two residual blocks, attention between them if any."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module]) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+
+    def forward(self, x: Tensor, times: Iterator[Tensor], given: Sequence[Any]) -> Tensor:
+        x = self.resnets[0](x, next(times))
+        for attention in self.attentions:
+            x = attention(x, *given)
+        return self.resnets[1](x, next(times))
+
+
+class UNet(nn.Module):
+    """The U. A network is a subclass, which says what attends to what."""
+
+    CONFIG: ClassVar[type[UNetConfig]]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.null_label: int | None = None
+        c: UNetConfig = config
+        channels = c.block_out_channels
+        self.time_dim = c.time_embedding_dim or 4 * channels[0]
+        scale_shift = c.resnet_time_scale_shift == "scale_shift"
+
+        def resnet(a: int, b: int, scale: float = 1.0) -> ResnetBlock:
+            return ResnetBlock(a, b, self.time_dim, c.norm_num_groups, c.norm_eps, c.dropout, scale_shift, scale)
+
+        self.conv_in = nn.Conv2d(c.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], self.time_dim)
+        classes = c.num_class_embeds
+        self.class_embedding = nn.Embedding(classes, self.time_dim) if classes is not None else None
+
+        self.down_blocks = nn.ModuleList()
+        layers = c.per_level(c.layers_per_block)
+        skips, width = [channels[0]], channels[0]
+        for i, kind in enumerate(c.down_block_types):
+            widths = [width, *[channels[i]] * layers[i]]
+            width = channels[i]
+            level = Level([resnet(a, width) for a in widths[:-1]], self._attentions(kind, i, layers[i]))
+            skips += widths[1:]
+            if i < len(channels) - 1:
+                level.downsamplers = nn.ModuleList([Downsample(width, c.downsample_padding)])
+                skips.append(width)
+            self.down_blocks.append(level)
+
+        self.mid_block: Middle | None = None
+        if c.mid_block_type is not None:
+            resnets = [resnet(width, width, float(c.mid_block_scale_factor)) for _ in range(2)]
+            self.mid_block = Middle(resnets, self._attentions(c.mid_block_type, len(channels) - 1, 1))
+
+        self.up_blocks = nn.ModuleList()
+        for i, kind in zip(reversed(range(len(channels))), c.up_block_types, strict=True):
+            resnets = []
+            for _ in range(layers[i] + 1):
+                resnets.append(resnet(width + skips.pop(), channels[i]))
+                width = channels[i]
+            level = Level(resnets, self._attentions(kind, i, len(resnets)))
+            if i > 0:
+                level.upsamplers = nn.ModuleList([Upsample(width)])
+            self.up_blocks.append(level)
+
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
+        self.time_widths = [block.time_emb_proj.out_features for block in resnet_blocks(self)]
+
+    def attention(self, kind: str, level: int) -> nn.Module | None:
+        """A new attention for behind a residual block, in a block of this kind, or None if it has none. level: 0 is the
+        resolution of the picture."""
+        raise NotImplementedError
+
+    def _attentions(self, kind: str, level: int, n: int) -> list[nn.Module]:
+        made = (self.attention(kind, level) for _ in range(n))
+        return [attention for attention in made if attention is not None]
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample, from the config. Raises ModelError if the config does not say."""
+        size = self.config.sample_size
+        if size is None:
+            raise folder.ModelError("the config has no sample_size: give the shape of a sample")
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.config.in_channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are, a null label included; 0 if the model is not class-conditional."""
+        return self.config.num_class_embeds or 0
+
+    def embedding(self, timestep: Tensor, class_labels: Tensor | None, guidance: Tensor | None = None) -> Tensor:
+        """The embedding [B, time_dim] of timestep [B] and class_labels int64 [B]. Raises ValueError for labels that the
+        model does not take, or lacks."""
+        if (class_labels is None) != (self.class_embedding is None):
+            needs = "needs class labels" if class_labels is None else "is not class-conditional: it takes no labels"
+            raise ValueError(f"this model {needs}")
+        c = self.config
+        sinusoids = timestep_embedding(timestep, self.conv_in.out_channels, c.flip_sin_to_cos, c.freq_shift)
+        emb = self.time_embedding(sinusoids.to(self.conv_in.weight.dtype), guidance)
+        if self.class_embedding is not None and class_labels is not None:
+            emb = emb + self.class_embedding(class_labels)
+        return emb
+
+    def rows(self, embedding: Tensor) -> Tensor:
+        """What the residual blocks add, or scale and shift by, given an embedding [B, time_dim]: side by side in the
+        order of the blocks, [B, sum of their widths]."""
+        emb = F.silu(embedding)  # every block applies it first: once is enough
+        return torch.cat([block.time_emb_proj(emb) for block in resnet_blocks(self)], dim=1)
+
+    def through(
+        self,
+        x: Tensor,
+        conditioning: Tensor,
+        *given: Any,
+        down_residuals: Sequence[Tensor] | None = None,
+        mid_residual: Tensor | None = None,
+    ) -> Tensor:
+        """The network itself. conditioning: what `rows` returns. given: what the attentions are given beside x.
+        down_residuals, mid_residual: what a ControlNet adds to the skips, first to last, and to the middle."""
+        times = iter(conditioning.split(self.time_widths, dim=1))
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = convolve(self.conv_in, 2 * x - 1 if self.config.center_input_sample else x)
+
+        skips = [x]
+        for down in _levels(self.down_blocks):
+            for i in range(len(down.resnets)):
+                x = down.layer(i, x, next(times), None, given)
+                skips.append(x)
+            if down.downsamplers is not None:
+                x = down.downsamplers[0](x)
+                skips.append(x)
+        if down_residuals is not None:
+            if len(down_residuals) != len(skips):
+                raise ValueError(f"this model takes {len(skips)} down_residuals, not {len(down_residuals)}")
+            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+        if self.mid_block is not None:
+            x = self.mid_block(x, times, given)
+        x = x if mid_residual is None else x + mid_residual
+        for up in _levels(self.up_blocks):
+            for i in range(len(up.resnets)):
+                x = up.layer(i, x, next(times), skips.pop(), given)
+            if up.upsamplers is not None:
+                x = up.upsamplers[0](x, skips[-1].shape[2:])
+        return convolve(self.conv_out, norm_silu(self.conv_norm_out, x))
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Read a diffusers folder of this kind of model (config.json and safetensors), ready to sample. Raises
+        ModelError, with a sentence that names what is wrong."""
+        config = folder.read_config(path, cls.CONFIG.CLASS_NAME)
+        with torch.device("meta"):
+            model = cls(cls.CONFIG.from_dict(config))
+        folder.read_weights(model, path, dtype, device)
+        return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the folder that `from_folder`, and diffusers, read."""
+        config = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        folder.write(path, {"_class_name": self.config.CLASS_NAME, **config}, self.state_dict(), dtype)
+
+
+def _levels(blocks: nn.ModuleList) -> Iterator[Level]:
+    return cast("Iterator[Level]", iter(blocks))
