@@ -4,6 +4,7 @@ from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
+from diffkern.models.vae import AutoencoderKL
 from diffkern.op import BackendError, explain, use_backend
 from diffkern.ops import (
     Draw,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAMPLERS",
+    "AutoencoderKL",
     "BackendError",
     "DiT",
     "Diffusion",
