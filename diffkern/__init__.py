@@ -6,6 +6,7 @@ from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
+from diffkern.models.vae import AutoencoderKL
 from diffkern.op import BackendError, explain, use_backend
 from diffkern.ops import (
     Draw,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAMPLERS",
+    "AutoencoderKL",
     "BackendError",
     "DiT",
     "Diffusion",
