@@ -20,8 +20,9 @@ Model = Callable[..., Tensor]
 """(x [B, ...], timestep float32 [B]) or (x, timestep, labels int64 [B]) -> the model output [B, ...].
 
 A model may have a method `conditioning(timestep [N])` or `conditioning(timestep, labels)` -> [..., N, width]: all that
-it computes from these alone. That is then called for many steps at once, and the model with one step's part of the
-result, as model(x, conditioning=[..., B, width])."""
+it computes from these alone, or without labels [..., N R, width], with R rows for a timestep, each for B / R samples in
+turn. That is then called for many steps at once, and the model with one step's part of the result, as
+model(x, conditioning=[..., B, width])."""
 
 # Rows of conditioning that are made at once: enough to read the weights behind them seldom, and 100 MB for DiT-XL/2.
 _ROWS = 128
@@ -162,8 +163,9 @@ class _Run:
             labels = () if distinct is None else (distinct.repeat(len(times)),)
             rows = condition(times.repeat_interleave(n), *labels).unflatten(-2, (len(times), -1))
             for row in rows.unbind(-3):
-                step = row.expand(*row.shape[:-2], batch, -1) if which is None else row.index_select(-2, which)
-                yield (), {"conditioning": step}
+                told = row if which is None else row.index_select(-2, which)
+                # without labels there is one row for all, or one for each half, or for each sample
+                yield (), {"conditioning": told.repeat_interleave(batch // told.shape[-2], -2)}
 
 
 def _ids(n: int | None, sample_ids: Iterable[int] | None) -> tuple[Tensor, int]:
