@@ -51,7 +51,7 @@ inline void from_float(float x, float& out) { out = x; }
 inline void from_float(float x, BFloat16& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 inline void from_float(float x, Half& out) {
