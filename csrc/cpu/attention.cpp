@@ -6,6 +6,7 @@
 // What is computed in which order depends on the sample's shape alone: neither threads nor the batch change a bit.
 #include "../common/math.h"
 #include "dense.h"
+#include "vector.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -16,20 +17,11 @@ namespace diffkern {
 namespace {
 
 constexpr const char* kOp = "diffkern::attention";
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16, kRegisters = 32;
-#else
-constexpr int64_t kLanes = 8, kRegisters = 16;
-#endif
 constexpr int kVectors = kRegisters / 8;      // of queries that a panel has at most
 constexpr int64_t kQueries = 64, kKeys = 96;  // in a block
 constexpr int64_t kHeld = 1 << 18;            // floats: the keys of a head, or its values, that stay in a cache
 constexpr int64_t kGrain = 1 << 19;           // multiply-adds that are worth another thread
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-
-inline Vector& vector(float* aligned) { return *reinterpret_cast<Vector*>(aligned); }
 
 // The lanes of a (0 to kLanes - 1) and b (from kLanes on) that are asked for.
 template <int64_t... kWhich>
@@ -90,20 +82,6 @@ struct View {
       : data(static_cast<const T*>(t.const_data_ptr())), sample(t.stride(0)), token(t.stride(1)), head(t.stride(2)) {}
 
   const T* at(int64_t b, int64_t s, int64_t h) const { return data + b * sample + s * token + h * head; }
-};
-
-// Memory of one thread, handed out in whole cache lines.
-class Room {
- public:
-  explicit Room(int64_t floats) : memory_(floats + 16) {
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
-  }
-
-  float* take(int64_t floats) { return std::exchange(next_, next_ + (floats + 15) / 16 * 16); }
-
- private:
-  std::vector<float> memory_;
-  float* next_;
 };
 
 // R rows of a product: sum over i < n of left[r * row + i * step] * panel[i]. A panel has V vectors. With `decay` (one
