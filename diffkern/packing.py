@@ -1,4 +1,4 @@
-"""Packed weights: copies in the layout that oneDNN multiplies with, made in the first call that needs them.
+"""Packed weights: copies in the layout that a kernel multiplies with, made in the first call that needs them.
 
 Plain PyTorch lays out the weight again in every call. A copy is kept as long as its weight lives, and is made anew when
 the weight has changed: its version counter, address, shape, strides and dtype are compared in every call, and 64 of its
@@ -6,8 +6,9 @@ values. Those are for changes that PyTorch does not count, as in `weight.data +=
 are goes unseen. Tensors made in inference mode have no version counter: their copies are never kept.
 
 It costs the memory of the weights once more: twice that of float16 and bfloat16 ones where this CPU computes them in
-float32, and 16/9 of it for a convolution that upsamples; a convolution has a copy for each size of picture it is
-given. DIFFKERN_PACK=0 keeps no copy at all: every call packs anew.
+float32. A 3 x 3 convolution by Winograd's way takes 16/9 of it; one that upsamples 1 by Winograd's way, 16/9 by
+oneDNN's. oneDNN's convolutions have a copy for each size of picture they are given. DIFFKERN_PACK=0 keeps no copy at
+all: every call packs anew.
 """
 
 from __future__ import annotations

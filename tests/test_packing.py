@@ -147,9 +147,10 @@ def test_training_packs_nothing():
 
 
 @pytest.mark.parametrize("upsample", [False, True])
-def test_a_convolution_sees_a_change(upsample):
-    m = nn.Conv2d(4, 6, 3, padding=1)
-    x = make((2, 4, 5, 5), "cpu", torch.float32, "channels_last")
+@pytest.mark.parametrize("channels", [4, 32], ids=["oneDNN", "Winograd"])
+def test_a_convolution_sees_a_change(channels, upsample):
+    m = nn.Conv2d(channels, 6, 3, padding=1)
+    x = make((2, channels, 5, 5), "cpu", torch.float32, "channels_last")
     for change in (lambda: None, lambda: m.weight.mul_(0.5), lambda: m.weight.data.add_(0.1)):
         change()
         big = nn.functional.interpolate(x, scale_factor=2.0) if upsample else x

@@ -2,22 +2,11 @@
 // the transpose that brings rows into the lanes of such vectors.
 #pragma once
 
-#include <cstdint>
-#include <utility>
-#include <vector>
+#include "vector.h"
 
 namespace diffkern {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16, kRegisters = 32;
-#else
-constexpr int64_t kLanes = 8, kRegisters = 16;
-#endif
 constexpr int kVectors = kRegisters / 8;  // that a panel has at most
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-
-inline Vector& vector(float* aligned) { return *reinterpret_cast<Vector*>(aligned); }
 
 // The lanes of a (0 to kLanes - 1) and b (from kLanes on) that are asked for.
 template <int64_t... kWhich>
@@ -59,20 +48,6 @@ inline void transpose(float* in, int64_t step, float* out, int64_t out_step, Vec
     vector(out + i * out_step) = x[i];
   }
 }
-
-// Memory of one thread, handed out in whole cache lines.
-class Room {
- public:
-  explicit Room(int64_t floats) : memory_(floats + 16) {
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
-  }
-
-  float* take(int64_t floats) { return std::exchange(next_, next_ + (floats + 15) / 16 * 16); }
-
- private:
-  std::vector<float> memory_;
-  float* next_;
-};
 
 // R rows of a product: sum over i < n of left[r * row + i * step] * panel[i]. A panel has V vectors. With `decay` (one
 // panel) the product is added to what is in out times it.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern import winograd
 from diffkern.invariant import apart
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Backend, Cost, Sample, op
@@ -112,11 +113,16 @@ def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,
 ) -> Tensor:  # fmt: skip
-    _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    shape = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
     if not x.numel() or not weight.numel():
         return compose(x, weight, bias, stride, padding, add, residual, activation, upsample)
     layout, dtype, given = memory_format(x), compute_dtype(x.dtype, convolution=True), x.dtype
     left, right, top, bottom = sides = _sides(padding, weight)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    if dtype == torch.float32 and winograd.pays(weight, stride, sides, upsample, (shape[2], shape[3])):
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = winograd.convolve(x, weight, bias, sides, add, residual, activation == "silu", upsample)
+        return y.contiguous(memory_format=layout)
     quarters = upsample and stride == 1 and sides == (1, 1, 1, 1) and tuple(weight.shape[2:]) == (3, 3)
     if upsample and not quarters:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -124,7 +130,6 @@ def _(
         x, left, top = F.pad(x, sides), 0, 0
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.to(dtype)
-    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     if quarters:
         y = _upsampled(x, weight, bias, dtype)
     else:
@@ -231,7 +236,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     def sample(
         name: str, shape: tuple[int, ...], n: int, kernel: int = 3, stride: int = 1,
         padding: Sequence[int] | None = None, extras: str = "bias", activation: str = "none", upsample: bool = False,
-        layout: str = "channels_last", workload: bool = False,
+        layout: str = "channels_last", far: float = 0.0, workload: bool = False,
     ) -> Sample:  # fmt: skip
         def args() -> tuple[object, ...]:
             weight = make((n, shape[1], kernel, kernel), device, dtype, "channels_last", seed=1)
@@ -243,6 +248,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             size = ((height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1)
             residual = make((shape[0], n, *size), device, dtype, layout, seed=4) if "residual" in extras else None
             x = make(shape, device, dtype, layout)
+            x = x + far if far else x
             return x, weight, bias, stride, padding, add, residual, activation, upsample
 
         return Sample(name, args, workload)
@@ -262,6 +268,14 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("upsample, one by one", (2, 6, 3, 4), 4, 1, upsample=True)
     yield sample("one channel", (2, 1, 6, 6), 3)
     yield sample("one pixel", (2, 7, 1, 1), 4, extras=everything)
+    for layout in ("channels_last", "contiguous", "strided"):
+        yield sample(f"Winograd, {layout}", (2, 70, 9, 6), 37, extras=everything, activation="silu", layout=layout)
+    yield sample("Winograd, small pictures", (7, 32, 4, 4), 40, extras="bias residual")
+    yield sample("Winograd, few results", (2, 33, 5, 7), 3)
+    yield sample("Winograd, one side padded", (2, 32, 5, 6), 18, padding=[0, 1, 2, 0], extras="add")
+    yield sample("Winograd, many blocks and panels", (3, 66, 16, 13), 161)
+    yield sample("Winograd, far from zero", (2, 64, 6, 6), 24, far=100.0)
+    yield sample("Winograd, upsample", (2, 34, 4, 5), 35, extras=everything, activation="silu", upsample=True)
     yield sample("no sample", (0, 3, 5, 5), 4, extras=everything)
     yield sample("CIFAR UNet 16x16", (8, 256, 16, 16), 256, extras="bias residual", workload=True)
     yield sample("CIFAR UNet down 32x32", (8, 128, 32, 32), 128, stride=2, padding=[0, 1, 0, 1], workload=True)

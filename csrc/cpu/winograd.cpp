@@ -1,0 +1,275 @@
+// winograd: 3 x 3 convolutions of stride 1 by winograd.h, see diffkern/winograd.py. All of a block of tiles is done
+// while it is in the cache: the points of its patches, then for some results at a time their sums and the pixels.
+//
+// Channels lie in the lanes of vectors, from the load to the result. What is computed in which order depends on the
+// sample's shape alone: neither threads nor the batch change a bit.
+#include "../common/math.h"
+#include "dense.h"
+#include "winograd.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+namespace diffkern {
+namespace {
+
+constexpr const char* kOp = "diffkern::winograd";
+constexpr int64_t kTiles = 6 * 14;   // in a block: whole products of either size, and weights enough times used
+constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
+
+struct Problem {
+  int64_t batch, height, width, channels, results, out_height, out_width, top, left;
+  int64_t tile_rows, tile_columns, block;  // tiles, and how many are worked on together
+  bool silu;
+
+  int64_t tiles() const { return batch * tile_rows * tile_columns; }
+  int64_t depths() const { return (channels + kDepth - 1) / kDepth; }
+};
+
+template <class T>
+struct Data {
+  const T* x;
+  const float *weight, *shift;  // shift: bias and add, [B, panels * width], of one row if there is no add
+  int64_t shift_stride;
+  const T* residual;
+  T* out;
+};
+
+// Does blocks of tiles, in one thread. V: vectors in a panel.
+template <class T, int P, int V>
+class Worker {
+ public:
+  Worker(const Problem& p, const Data<T>& data)
+      : p_(p), data_(data), panels_(p.results), step_(p.depths() * p.block * kDepth + 16),
+        sum_step_(p.block * kWidth + 16), room_(room()),
+        points_(room_.take(P * P * step_)), sums_(room_.take(kPanels * P * P * sum_step_)),
+        pixels_(room_.take(P * P * kDepth)), zeros_(room_.take(kDepth)) {
+    std::fill_n(zeros_, kDepth, 0.0f);
+  }
+
+  // The results of a group of panels for a block of tiles.
+  void run(int64_t block, int64_t group) {
+    const int64_t first = block * p_.block, tiles = std::min(p_.block, p_.tiles() - first);
+    const int64_t panel = panels_.begin(group), panels = panels_.begin(group + 1) - panel;
+    if (block_ != block) {
+      block_ = block;
+      for (int64_t t = 0; t < tiles; ++t) {
+        read(first + t, points_ + t * kDepth);
+      }
+    }
+    for (int64_t point = 0; point < P * P; ++point) {
+      for (int64_t i = 0; i < panels; ++i) {
+        const float* weight = data_.weight + panels_.at(panel + i, point, P * P, p_.channels);
+        for (int64_t d = 0; d < p_.depths(); ++d) {
+          product<V>(tiles, points_ + point * step_ + d * p_.block * kDepth, weight + d * kDepth * kWidth,
+                     std::min(kDepth, p_.channels - d * kDepth), d == 0, sums_ + (i * P * P + point) * sum_step_);
+        }
+      }
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t i = 0; i < panels; ++i) {
+        write(first + t, (panel + i) * kWidth, sums_ + i * P * P * sum_step_ + t * kWidth);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kWidth = V * kLanes;
+
+  int64_t room() const { return P * P * step_ + kPanels * P * P * sum_step_ + (P * P + 1) * kDepth; }
+
+  // The points of a tile's patch.
+  void read(int64_t tile, float* out) {
+    const int64_t column = tile % p_.tile_columns, row = tile / p_.tile_columns % p_.tile_rows;
+    const int64_t sample = tile / p_.tile_columns / p_.tile_rows;
+    constexpr int64_t kStep = P == 4 ? 2 : 1;
+    const int64_t y = row * kStep - p_.top, x = column * kStep - p_.left;
+    const T* pixel[P * P];
+    for (int i = 0; i < P * P; ++i) {
+      const int64_t at_y = y + i / P, at_x = x + i % P;
+      const bool inside = at_y >= 0 && at_y < p_.height && at_x >= 0 && at_x < p_.width;
+      pixel[i] = inside ? data_.x + ((sample * p_.height + at_y) * p_.width + at_x) * p_.channels : nullptr;
+    }
+    for (int64_t d = 0; d < p_.depths(); ++d) {
+      const int64_t n = std::min(kDepth, p_.channels - d * kDepth);
+      const float* from[P * P];
+      for (int i = 0; i < P * P; ++i) {
+        from[i] = pixel[i] == nullptr ? zeros_ : whole(pixel[i] + d * kDepth, n, pixels_ + i * kDepth);
+      }
+      transform<P>(from, n, out + d * p_.block * kDepth, step_);
+    }
+  }
+
+  // n channels as float32 that can be read in whole vectors. What then is behind them is never used.
+  static const float* whole(const T* x, int64_t n, float* room) {
+    if (std::is_same_v<T, float> && n % kLanes == 0) {
+      return as_float(x, room, n);
+    }
+    widen(x, room, n);
+    return room;
+  }
+
+  // The pixels of a tile, a panel of results from `first` on.
+  void write(int64_t tile, int64_t first, const float* sums) {
+    const int64_t column = tile % p_.tile_columns * 2, row = tile / p_.tile_columns % p_.tile_rows * 2;
+    const int64_t sample = tile / p_.tile_columns / p_.tile_rows;
+    const float* shift = data_.shift + sample * data_.shift_stride + first;
+    alignas(64) float pixel[4][kWidth];
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < kWidth; v += kLanes) {
+      Vector x[P * P], half[2 * P], y[4];
+#pragma GCC unroll 16
+      for (int i = 0; i < P * P; ++i) {
+        x[i] = vector(sums + i * sum_step_ + v);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) {
+        leave<P>(x + i, P, half[i], half[P + i]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        leave<P>(half + i * P, 1, y[2 * i], y[2 * i + 1]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        vector(pixel[i] + v) = y[i] + *reinterpret_cast<const LooseVector*>(shift + v);
+      }
+    }
+    const int64_t n = std::min(kWidth, p_.results - first);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at_y = row + i / 2, at_x = column + i % 2;
+      if (at_y < p_.out_height && at_x < p_.out_width) {
+        const int64_t at = ((sample * p_.out_height + at_y) * p_.out_width + at_x) * p_.results + first;
+        const T* residual = data_.residual == nullptr ? nullptr : data_.residual + at;
+        T* out = data_.out + at;
+        n == kWidth ? finish(pixel[i], residual, out, kWidth) : finish(pixel[i], residual, out, n);
+      }
+    }
+  }
+
+  // Inlined, for n to be a constant where it can be.
+  [[gnu::always_inline]] void finish(float* y, const T* residual, T* out, int64_t n) {
+    if (p_.silu) {
+      for (int64_t i = 0; i < n; ++i) {
+        y[i] = fast_silu(y[i]);
+      }
+    }
+    if (residual != nullptr) {
+      float room[kWidth];
+      const float* rest = as_float(residual, room, n);
+      for (int64_t i = 0; i < n; ++i) {
+        y[i] += rest[i];
+      }
+    }
+    narrow(y, out, n);
+  }
+
+  const Problem& p_;
+  const Data<T>& data_;
+  const Panels panels_;
+  int64_t block_ = -1;       // whose points are held
+  int64_t step_, sum_step_;  // from point to point; an odd number of cache lines, to spread over all cache sets
+  Room room_;
+  float *points_, *sums_, *pixels_, *zeros_;
+};
+
+template <class T, int P, int V>
+void run(const Problem& p, const Data<T>& data) {
+  const int64_t blocks = (p.tiles() + p.block - 1) / p.block, groups = Panels(p.results).groups();
+  const int64_t work = p.block * kPanels * V * kLanes * P * P * p.channels;
+  torch::stable::parallel_for(0, blocks * groups, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
+    Worker<T, P, V> worker(p, data);
+    for (int64_t i = begin; i < end; ++i) {
+      worker.run(i / groups, i % groups);
+    }
+  });
+}
+
+// bias + add, a row a sample, or one row if there is no add; filled up with zeros.
+std::vector<float> shifts(const Problem& p, const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
+                          int64_t width) {
+  std::vector<float> out((add ? p.batch : 1) * width);
+  std::vector<float> row(p.results);
+  const auto each = [&](const char* name, const Tensor& t, const std::vector<int64_t>& shape, int64_t batch) {
+    check(t.is_contiguous() && has_shape(t, shape), kOp, ": ", name, " must be contiguous ", shape_of(shape), ", got ",
+          shape_of(t));
+    with_dtype(kOp, t.scalar_type(), [&]<class T>(T*) {
+      for (size_t b = 0; b < out.size() / width; ++b) {
+        widen(static_cast<const T*>(t.const_data_ptr()) + b % batch * p.results, row.data(), p.results);
+        for (int64_t i = 0; i < p.results; ++i) {
+          out[b * width + i] += row[i];
+        }
+      }
+    });
+  };
+  if (bias) {
+    each("bias", *bias, {p.results}, 1);
+  }
+  if (add) {
+    each("add", *add, {p.batch, p.results}, p.batch);
+  }
+  return out;
+}
+
+Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vector<int64_t> padding,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& add, bool silu,
+                const std::optional<Tensor>& residual, bool upsample) {
+  check(is_channels_last(x), kOp, ": x must be channels_last [B, C, H, W], got ", shape_of(x));
+  check(padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0, kOp,
+        ": padding must be four numbers, 0 and above");
+  check(!upsample || padding == std::vector<int64_t>(4, 1), kOp, ": the padding of a doubled picture must be 1");
+  const int64_t scale = upsample ? 2 : 1, points = upsample ? 9 : 16;
+  Problem p{x.size(0), x.size(2), x.size(3), x.size(1), results, 0, 0, padding[2], padding[0], 0, 0, 0, silu};
+  p.out_height = p.height * scale + padding[2] + padding[3] - 2;
+  p.out_width = p.width * scale + padding[0] + padding[1] - 2;
+  p.tile_rows = (p.out_height + 1) / 2, p.tile_columns = (p.out_width + 1) / 2;
+  check(results >= 1 && p.channels >= 1 && p.out_height >= 1 && p.out_width >= 1, kOp, ": nothing to convolve in ",
+        shape_of(x));
+  const Panels panels(results);
+  check(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() &&
+            weight.numel() == panels.size(points, p.channels),
+        kOp, ": weight was packed for another shape");
+  using torch::headeronly::MemoryFormat;
+  const std::vector<int64_t> shape = {p.batch, results, p.out_height, p.out_width};
+  Tensor out = torch::stable::empty(shape, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                                    MemoryFormat::ChannelsLast);
+  check(!residual || (is_channels_last(*residual) && has_shape(*residual, shape) &&
+                      residual->scalar_type() == x.scalar_type()),
+        kOp, ": residual must have the shape, layout and dtype of the result");
+  if (out.numel() == 0) {
+    return out;
+  }
+  // A few blocks more than needed, where that gives every thread the same share.
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t blocks = (p.tiles() + kTiles - 1) / kTiles;
+  while (blocks * panels.groups() % threads != 0 && blocks < 16 * threads && p.tiles() / (blocks + 1) >= kRows) {
+    ++blocks;
+  }
+  p.block = (p.tiles() + blocks - 1) / blocks;
+  const int64_t width = panels.count * panels.width;
+  const std::vector<float> shift = shifts(p, bias, add, width);
+  with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
+    const Data<T> data{static_cast<const T*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
+                       shift.data(), add ? width : 0,
+                       residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, data_of<T>(out)};
+    if (upsample) {
+      results <= kLanes ? run<T, 3, 1>(p, data) : run<T, 3, 2>(p, data);
+    } else {
+      results <= kLanes ? run<T, 4, 1>(p, data) : run<T, 4, 2>(p, data);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
+  m.def(
+      "winograd(Tensor x, Tensor weight, SymInt results, SymInt[] padding, Tensor? bias, Tensor? add, bool silu, "
+      "Tensor? residual, bool upsample) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("winograd", TORCH_BOX(&winograd)); }
+
+}  // namespace diffkern
