@@ -214,5 +214,5 @@ def test_the_command_line_draws_with_it(pipeline, tmp_path, capsys):
 def test_another_class_gets_a_sentence(pipeline):
     file = pipeline / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": "FluxTransformer2DModel"}))
-    with pytest.raises(ModelError, match="holds a FluxTransformer2DModel: allowed here is UNet2DModel, .*, DiT"):
+    with pytest.raises(ModelError, match=r"holds a FluxTransformer2DModel: allowed here is UNet2DModel, .*, DiT"):
         diffkern.load(pipeline)
