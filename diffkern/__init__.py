@@ -1,10 +1,12 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
+from diffkern.invariant import batch_invariant
 from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
+from diffkern.models.vae import AutoencoderKL
 from diffkern.op import BackendError, explain, use_backend
 from diffkern.ops import (
     Draw,
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAMPLERS",
+    "AutoencoderKL",
     "BackendError",
     "DiT",
     "Diffusion",
@@ -45,6 +48,7 @@ __all__ = [
     "UNet2DCondition",
     "add_noise",
     "attention",
+    "batch_invariant",
     "bundled",
     "conv2d",
     "explain",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import native
+from diffkern import invariant, native
 from diffkern.layout import dense
 
 OPS: dict[str, Op] = {}
@@ -71,6 +71,7 @@ class Backend:
     devices: tuple[str, ...] = ()
     supports: Callable[..., bool | str] | None = None
     strided: bool = False
+    defers: Callable[..., str | None] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Run it, on dense tensors if it does not read strides itself."""
@@ -89,6 +90,10 @@ class Backend:
             return unavailable
         answer = True if self.supports is None else self.supports(*args)
         return None if answer is True else (answer or "does not support these arguments")
+
+    def why_defer(self, args: tuple[Any, ...]) -> str | None:
+        """The reason that a later backend is better for `args`, which this one could take, or None."""
+        return None if self.defers is None else self.defers(*args)
 
     def is_interpreted(self) -> bool:
         """Whether this is Triton in its interpreter, which runs the GPU kernels on CPU tensors: how a machine without
@@ -111,6 +116,7 @@ class Op:
     reference: Callable[..., Any]
     backends: list[Backend] = field(default_factory=list)
     grad: Callable[..., Any] | None = None
+    invariantly: Callable[..., Any] | None = None
     make_samples: Callable[[str, torch.dtype], Iterator[Sample]] = _no_samples
     count_cost: Callable[..., Cost] = _no_cost
 
@@ -161,14 +167,17 @@ class Op:
         devices: tuple[str, ...],
         supports: Callable[..., bool | str] | None = None,
         strided: bool = False,
+        defers: Callable[..., str | None] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the next backend in order of preference. `supports(*args)` is True or the reason why not; it says
-        *can* (dtype, layout, capability), never *want*. It is given dense tensors in the layout of the first one, or
+        *can* (dtype, layout, capability), never *want*. Where the best order depends on the call, `defers(*args)` is
+        the reason, as measured, why this backend leaves a call that it can take to a later one, or None; nobody asks
+        for it when the backend is forced. A backend is given dense tensors in the layout of the first one, or
         with `strided` the tensors as they are: what knows a weight by its identity must not get a dense copy."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             assert name in BACKENDS, f"{name} is not one of {BACKENDS}"
-            self.backends.append(Backend(name, run, devices, supports, strided))
+            self.backends.append(Backend(name, run, devices, supports, strided, defers))
             return run
 
         return register
@@ -178,6 +187,10 @@ class Op:
         through; run in place of the backends when an argument needs a gradient."""
         self.grad = getattr(function, "apply", function)
         return function
+
+    def batch_invariant(self, run: Callable[..., Any]) -> None:
+        """Register how a backend that promises no batch invariance is made to have it: run(backend, *args)."""
+        self.invariantly = run
 
     def samples(self, make: Callable[[str, torch.dtype], Iterator[Sample]]) -> None:
         """Register the sample calls: a generator of `Sample` for a device and a dtype."""
@@ -196,7 +209,7 @@ class Op:
         forced = forced_backend()
         if forced is None:
             for b in self.backends:
-                if b.why_not(args) is None and not b.is_interpreted():
+                if b.why_not(args) is None and not b.is_interpreted() and b.why_defer(args) is None:
                     return b
             return self.fallback
         for b in self.all_backends():
@@ -208,7 +221,10 @@ class Op:
         raise BackendError(f"{self.name}: backend {forced!r} was forced but this op has only: {have}")
 
     def _dispatch(self, *args: Any) -> Any:
-        return self.choose(args)(*args)
+        chosen = self.choose(args)
+        if self.invariantly is not None and invariant.is_on():
+            return self.invariantly(chosen, *args)
+        return chosen(*args)
 
 
 def op(reference: Callable[..., Any]) -> Op:
@@ -278,14 +294,16 @@ def explain(what: Op | str, *args: Any, **kwargs: Any) -> list[Choice]:
     bound = what.bind(*args, **kwargs) if args or kwargs else None
     forced = forced_backend()
     choices: list[Choice] = []
-    taken = False
+    taken, best = False, "first that can run"
     for b in what.all_backends():
         reason = availability(b.name) if bound is None else b.why_not(bound)
         if reason is None and forced not in (None, b.name):
             reason = f"can run, but {forced!r} is forced"
         elif reason is None and taken:
             reason = f"can run, but {next(c.backend for c in choices if c.chosen)!r} comes first"
+        elif reason is None and forced is None and bound is not None and (better := b.why_defer(bound)):
+            reason, best = f"can run, but leaves it to the next: {better}", "next that can run"
         chosen = reason is None
         taken = taken or chosen
-        choices.append(Choice(b.name, chosen, reason or ("forced" if forced else "first that can run")))
+        choices.append(Choice(b.name, chosen, reason or ("forced" if forced else best)))
     return choices

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class _Packed(NamedTuple):
-    weight: weakref.ref[Tensor]
+    owner: weakref.ref[Tensor]
     stamp: tuple[int, int]
     copy: Tensor
 
@@ -33,14 +33,19 @@ _kept: dict[tuple[int, Hashable], _Packed] = {}
 
 def packed(weight: Tensor, how: Hashable, pack: Callable[[], Tensor]) -> Tensor:
     """The copy that `pack()` makes of a weight, made again only when the weight has changed. `how` names all that the
-    copy depends on beside the weight."""
+    copy depends on beside the weight. A view, made anew in every call, is known by what it is a view of."""
     if weight.is_inference() or not _keeps():
         return pack()
-    key = (id(weight), how)
+    owner = weight._base
+    if owner is None:
+        owner = weight
+    else:
+        how = (how, weight.storage_offset(), weight.shape, weight.stride())
+    key = (id(owner), how)
     stamp = (weight._version, torch.ops.diffkern_C.fingerprint(weight))
     known = _kept.get(key)
-    if known is None or known.stamp != stamp or known.weight() is not weight:
-        known = _Packed(weakref.ref(weight, lambda _: _kept.pop(key, None)), stamp, pack())
+    if known is None or known.stamp != stamp or known.owner() is not owner:
+        known = _Packed(weakref.ref(owner, lambda _: _kept.pop(key, None)), stamp, pack())
         _kept[key] = known
     return known.copy
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .common import on_device
 
-_LOG2E = 1.4426950408889634
+_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class _Cut(NamedTuple):
@@ -28,7 +28,7 @@ class _Cut(NamedTuple):
     num_stages: int
 
 
-def _cut(dim: int, queries: int, size: int) -> _Cut:
+def _cut(dim: int, queries: int, size: int, masked: bool) -> _Cut:
     """For `size` bytes a number."""
     first = max(16, triton.next_power_of_2(dim))
     second = max(16, triton.next_power_of_2(dim - first // 2))
@@ -39,6 +39,8 @@ def _cut(dim: int, queries: int, size: int) -> _Cut:
     else:
         most, keys = (128, 64) if d1 <= 64 else (128, 32) if d1 <= 128 else (32, 32)
     block = max(16, min(most, triton.next_power_of_2(queries)))
+    if masked and block < 64:  # few rows, spread over many threads: with a mask's entries 64 keys spilled
+        keys = min(keys, 32)
     warps = 8 if d1 * block >= 1 << 13 else 4
     return _Cut(d1, d2, block, keys, warps, 2 if d1 <= 128 else 1)
 
@@ -57,10 +59,12 @@ def _load(base, step, count, first, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: 
 @triton.jit
 def _attention(
     q_ptr, k_ptr, v_ptr, out_ptr, scale, q_sample, q_token, q_head, k_sample, k_token, k_head,
-    v_sample, v_token, v_head, heads, queries, keys,
+    v_sample, v_token, v_head, mask_ptr, m_sample, m_head, m_query, m_key, heads, queries, keys,
+    MASKED: tl.constexpr, KEEPS: tl.constexpr,
     UNIT: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Strides count units of UNIT elements: how the compiler learns that rows begin where wide loads can."""
+    """Strides count units of UNIT elements, but for the mask's: how the compiler learns that rows begin where wide
+    loads can. KEEPS: the mask is bool."""
     blocks = tl.cdiv(queries, QUERIES)
     first = (tl.program_id(0) % blocks).to(tl.int64) * QUERIES
     sample = (tl.program_id(0) // blocks // heads).to(tl.int64)
@@ -68,6 +72,8 @@ def _attention(
     q_ptr += (sample * q_sample + head * q_head + first * q_token) * UNIT
     k_ptr += (sample * k_sample + head * k_head) * UNIT
     v_ptr += (sample * v_sample + head * v_head) * UNIT
+    if MASKED:
+        mask_ptr += sample * m_sample + head * m_head + first * m_query
     left = queries - first
     factor = tl.cast(scale, tl.float32)
 
@@ -84,7 +90,17 @@ def _attention(
         if D2 > 0:
             k2 = tl.trans(_load(k_ptr, k_token * UNIT, rest, D1, D, D2, KEYS))
             scores = tl.dot(q2, k2, scores, input_precision="ieee")
-        scores = tl.where((tl.arange(0, KEYS) < rest)[None, :], scores * factor, float("-inf"))
+        scores *= factor
+        counts = (tl.arange(0, KEYS) < rest)[None, :]
+        if MASKED:
+            row, key = tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :]
+            entry = tl.load(mask_ptr + row * m_query + key * m_key, (row < left) & counts, other=0)
+            if KEEPS:
+                counts = counts & (entry != 0)
+            else:
+                scores += entry.to(tl.float32) * _LOG2E
+            mask_ptr += KEYS * m_key
+        scores = tl.where(counts, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)  # no score yet that counts: weights are zero, not NaN
         weights = tl.exp2(scores - shift[:, None])
@@ -112,18 +128,21 @@ def _attention(
         tl.store(place + d2[None, :], (out2 * share[:, None]).to(out_ptr.dtype.element_ty), inside & (d2 < D)[None, :])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale) v; q: [B, S, H, D]; k, v: [B, T, H, D], last stride 1. Returns [B, S, H D]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T scale + mask) v; q: [B, S, H, D]; k, v: [B, T, H, D], last stride 1; mask: [B, H, S, T], bool or
+    floating, any strides. Returns [B, S, H D]."""
     batch, queries, heads, dim = q.shape
     out = torch.empty(batch, queries, heads * dim, device=q.device, dtype=q.dtype)
     if not out.numel():
         return out
-    cut = _cut(dim, queries, q.element_size())
+    cut = _cut(dim, queries, q.element_size(), mask is not None)
     strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     with on_device(q):
         _attention[(triton.cdiv(queries, cut.QUERIES) * heads * batch,)](
-            q, k, v, out, scale * _LOG2E, *(stride // unit for stride in strides), heads, queries, k.shape[1],
+            q, k, v, out, scale * _LOG2E.value, *(stride // unit for stride in strides),
+            mask, *((0,) * 4 if mask is None else mask.stride()), heads, queries, k.shape[1],
+            MASKED=mask is not None, KEEPS=mask is not None and mask.dtype == torch.bool,
             UNIT=unit, D=dim, **cut._asdict(), enable_fp_fusion=True,
         )  # fmt: skip
     return out

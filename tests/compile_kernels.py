@@ -28,7 +28,8 @@ from triton.runtime.jit import JITFunction
 from diffkern.op import OPS, use_backend
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+             torch.bool: "*i1"}  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _jobs: list[tuple[str, Launch, int]] = []
 

@@ -192,6 +192,11 @@ def test_a_pipeline_loads_and_samples(pipeline):
         loaded.label_id("5")
     table = diffkern.make_table("ddim", loaded.schedule, 3)
     both = diffkern.sample(loaded.model, table, 2, labels=[1, 4], guidance=3.0)
+    told_each_step = diffkern.sample(
+        lambda *args: loaded.model(*args), table, 2, shape=loaded.model.sample_shape,
+        null_label=loaded.model.null_label, labels=[1, 4], guidance=3.0,
+    )  # fmt: skip
+    assert (both - told_each_step).abs().max() <= 1e-4 * both.std()
     assert both.shape == (2, 3, 8, 8)
     second = diffkern.sample(loaded.model, table, sample_ids=[1], labels=4, guidance=3.0)
     assert (second - both[1:]).abs().max() <= 1e-4

@@ -117,6 +117,29 @@ def test_explain_gives_a_reason_for_every_backend(double):
     assert said["cpu"].reason == "can run, but 'reference' is forced"
 
 
+def test_a_backend_may_leave_a_call_to_the_next(double):
+    """Which is another one, at worst the reference; forcing it asks for no opinion."""
+    first = double.backends[-1]
+    later = type(first)("torch", first.run, ("cpu",))
+    long = type(first)("cpu", first.run, ("cpu",), defers=lambda x, times: "it is long" if len(x) > 2 else None)
+    short, x = torch.ones(2), torch.ones(3)
+    try:
+        double.backends[-1:] = [long, later]
+        assert double.choose((short, 2)) is long
+        assert double.choose((x, 2)) is later
+        said = {c.backend: c for c in diffkern.explain(double, x)}
+        assert said["cpu"] == ("cpu", False, "can run, but leaves it to the next: it is long")
+        assert said["torch"] == ("torch", True, "next that can run")
+        assert said["reference"].reason == "can run, but 'torch' comes first"
+        with diffkern.use_backend("cpu"):
+            assert double.choose((x, 2)) is long
+            assert diffkern.explain(double, x)[1] == ("cpu", True, "forced")
+        double.backends[-1:] = []
+        assert double.choose((x, 2)) is double.fallback
+    finally:
+        double.backends[1:] = [first]
+
+
 def test_devices_are_checked():
     backend = Backend("reference", lambda x: x)
     assert backend.why_not((torch.ones(1),)) is None

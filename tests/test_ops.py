@@ -23,7 +23,7 @@ def small_samples(device: str, dtype: torch.dtype):
 CALLS = [call for device in DEVICES for dtype in DTYPES for call in small_samples(device, dtype)]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda", "torch"])
 @pytest.mark.parametrize(("op", "sample"), CALLS)
 def test_backend_agrees_with_the_oracle(op, sample, backend):
     if (reason := availability(backend)) is not None:

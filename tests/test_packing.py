@@ -155,3 +155,24 @@ def test_a_convolution_sees_a_change(upsample):
         big = nn.functional.interpolate(x, scale_factor=2.0) if upsample else x
         got = diffkern.conv2d(x, m.weight, m.bias, upsample=upsample)
         assert torch.allclose(got, m(big), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_views_of_a_weight_are_known_by_the_weight(mode):
+    """As of a convolution whose input comes in two parts: each call slices the weight anew."""
+
+    def check(m: nn.Linear) -> int:
+        with mode():
+            for part in (m.weight[:, :8], m.weight[:, 8:]):
+                torch.testing.assert_close(diffkern.linear(X[..., :8], part), X[..., :8] @ part.T)
+        return packing.kept_bytes()
+
+    before, m = packing.kept_bytes(), layer()
+    kept = check(m)
+    assert kept > before
+    assert check(m) == kept  # the same copies, though the views are new
+    halve(m)
+    assert check(m) == kept
+    del m
+    gc.collect()
+    assert packing.kept_bytes() == before

@@ -53,6 +53,30 @@ def test_a_network_gives_the_same_sample_in_any_batch(tiny):
     assert (together - apart).abs().max() <= 1e-4
 
 
+def test_conditioning_is_computed_once_for_many_steps(tiny, monkeypatch):
+    """A row for each step and each different label, the null label among them; nothing of it in the steps."""
+    model, asked = tiny.model, []
+    conditioning = model.conditioning
+
+    def counted(timestep, labels):
+        asked.append((timestep.tolist(), labels.tolist()))
+        return conditioning(timestep, labels)
+
+    options: dict[str, Any] = {"seed": 1, "labels": [0, 2, 2, 0], "guidance": 2.0}
+    each_step = diffkern.sample(lambda *args: model(*args), table(), 4, shape=model.sample_shape,
+                                null_label=model.null_label, **options)  # fmt: skip
+    monkeypatch.setattr(model, "conditioning", counted)
+    once = diffkern.sample(model, table(), 4, **options)
+    assert (once - each_step).abs().max() <= 1e-4 * once.std()
+    timesteps = [t for t in table().timesteps for _ in range(3)]
+    assert asked == [(pytest.approx(timesteps), [0, 2, model.null_label] * 5)]
+
+    asked.clear()
+    monkeypatch.setattr("diffkern.samplers.loop._ROWS", 7)  # two steps of three rows fit
+    assert (diffkern.sample(model, table(), 4, **options) - once).abs().max() <= 1e-4 * once.std()
+    assert [len(timesteps) for timesteps, _ in asked] == [6, 6, 3]
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_equals_a_plain_loop_of_diffusers(tiny, name):
     """The loop and its op against the loop that users write today, on the same noise."""

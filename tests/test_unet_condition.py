@@ -194,7 +194,7 @@ def test_nothing_changes_the_layout(name):
     with torch.no_grad():
         prompt = model.given(args[2], **told)
         x = args[0].contiguous(memory_format=torch.channels_last)
-        rows = prompt.conditioning(args[1])
+        rows = model.conditioning(args[1], **told)
         prompt(x, conditioning=rows)
         with torch.profiler.profile(record_shapes=True) as profile:
             prompt(x, conditioning=rows)
@@ -216,7 +216,11 @@ def test_what_is_computed_once_is_what_a_call_computes(name):
         prompt = model.given(args[2], **told)
         assert torch.equal(prompt(*args[:2]), expected)
         assert torch.equal(prompt(args[0], conditioning=model.conditioning(args[1], **told)), expected)
-        assert torch.equal(model(args[0], conditioning=prompt.conditioning(args[1]), prompts=prompt.prompts), expected)
+        run = prompt.conditioning(args[1]).unflatten(0, (len(args[1]), -1))  # of each step, the rows of all samples
+        for t, rows in zip(args[1], run, strict=True):
+            expected = model(args[0], t, args[2], **told)
+            given = model(args[0], conditioning=rows.expand(len(args[0]), -1), prompts=prompt.prompts)
+            assert (given - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["SD 1.5", "SDXL", "x4 upscaler", "LCM"])
@@ -261,6 +265,8 @@ def test_samples_with_a_prompt_and_guidance():
     assert both.shape == (2, 4, 8, 8)
     second = diffkern.sample(prompt, table, sample_ids=[1], guidance=3.0)
     assert (second - both[1:]).abs().max() <= 1e-4
+    each_step = diffkern.sample(lambda x, t: prompt(x, t), table, 2, shape=(4, 8, 8), guidance=3.0)
+    assert (each_step - both).abs().max() <= 1e-4
     alone = model.given(text[1:], **{k: v[1:] for k, v in told.items()})
     plain = diffkern.sample(alone, table, 2)
     assert (diffkern.sample(prompt, table, 2, guidance=1.0) - plain).abs().max() <= 1e-4

@@ -6,71 +6,20 @@
 // What is computed in which order depends on the sample's shape alone: neither threads nor the batch change a bit.
 #include "../common/math.h"
 #include "dense.h"
+#include "mask.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <limits>
+#include <optional>
 
 namespace diffkern {
 namespace {
 
 constexpr const char* kOp = "diffkern::attention";
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16, kRegisters = 32;
-#else
-constexpr int64_t kLanes = 8, kRegisters = 16;
-#endif
-constexpr int kVectors = kRegisters / 8;      // of queries that a panel has at most
-constexpr int64_t kQueries = 64, kKeys = 96;  // in a block
-constexpr int64_t kHeld = 1 << 18;            // floats: the keys of a head, or its values, that stay in a cache
-constexpr int64_t kGrain = 1 << 19;           // multiply-adds that are worth another thread
-constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-
-inline Vector& vector(float* aligned) { return *reinterpret_cast<Vector*>(aligned); }
-
-// The lanes of a (0 to kLanes - 1) and b (from kLanes on) that are asked for.
-template <int64_t... kWhich>
-Vector pick(Vector a, Vector b, std::integer_sequence<int64_t, kWhich...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, kWhich...);
-#else
-  typedef int32_t Lanes __attribute__((vector_size(sizeof(Vector))));
-  return __builtin_shuffle(a, b, Lanes{kWhich...});
-#endif
-}
-
-// Transposes a square of kLanes vectors: each round exchanges one bit of the row with that bit of the lane.
-template <int64_t kBit = kLanes / 2, int64_t... kLane>
-void transpose(Vector* x, std::integer_sequence<int64_t, kLane...> lanes) {
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kLanes; ++i) {
-    if ((i & kBit) == 0) {
-      const Vector a = x[i], b = x[i + kBit];
-      x[i] = pick(a, b, std::integer_sequence<int64_t, (kLane & kBit ? kLane + kLanes - kBit : kLane)...>());
-      x[i + kBit] = pick(a, b, std::integer_sequence<int64_t, (kLane & kBit ? kLane + kLanes : kLane + kBit)...>());
-    }
-  }
-  if constexpr (kBit > 1) {
-    transpose<kBit / 2>(x, lanes);
-  }
-}
-
-// A square of kLanes rows, `step` apart, to `out_step` apart and transposed, times a vector of factors before that.
-inline void transpose(float* in, int64_t step, float* out, int64_t out_step, Vector factor) {
-  Vector x[kLanes];
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kLanes; ++i) {
-    x[i] = vector(in + i * step) * factor;
-  }
-  transpose(x, std::make_integer_sequence<int64_t, kLanes>());
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kLanes; ++i) {
-    vector(out + i * out_step) = x[i];
-  }
-}
+constexpr int64_t kQueries = 64;    // in a block
+constexpr int64_t kHeld = 1 << 18;  // floats: the keys of a head, or its values, that stay in a cache
+constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
 
 struct Problem {
   int64_t batch, queries, keys, heads, dim;
@@ -91,62 +40,6 @@ struct View {
 
   const T* at(int64_t b, int64_t s, int64_t h) const { return data + b * sample + s * token + h * head; }
 };
-
-// Memory of one thread, handed out in whole cache lines.
-class Room {
- public:
-  explicit Room(int64_t floats) : memory_(floats + 16) {
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
-  }
-
-  float* take(int64_t floats) { return std::exchange(next_, next_ + (floats + 15) / 16 * 16); }
-
- private:
-  std::vector<float> memory_;
-  float* next_;
-};
-
-// R rows of a product: sum over i < n of left[r * row + i * step] * panel[i]. A panel has V vectors. With `decay` (one
-// panel) the product is added to what is in out times it.
-template <int V, int R>
-void rows(const float* left, int64_t row, int64_t step, const Vector* panel, int64_t n, const Vector* decay,
-          Vector* out) {
-  Vector sum[R][V] = {};
-  for (int64_t i = 0; i < n; ++i, left += step, panel += V) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const float scalar = left[r * row];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        sum[r][v] += scalar * panel[v];
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      Vector& to = out[r * V + v];
-      to = decay ? to * decay[v] + sum[r][v] : sum[r][v];
-    }
-  }
-}
-
-// All `count` rows: as many at a time as registers hold, then what is left in powers of two.
-template <int V, int R = V == 1 ? kRegisters / 2 : kRegisters * 3 / 4 / V>
-void product(int64_t count, const float* left, int64_t row, int64_t step, const Vector* panel, int64_t n,
-             const Vector* decay, Vector* out) {
-  int64_t r = 0;
-  for (; r + R <= count; r += R) {
-    rows<V, R>(left + r * row, row, step, panel, n, decay, out + r * V);
-  }
-  if constexpr (R > 1) {
-    if (r < count) {
-      constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
-      product<V, kFewer>(count - r, left + r * row, row, step, panel, n, decay, out + r * V);
-    }
-  }
-}
 
 // Up to V vectors of queries of one head, and their softmax so far.
 struct Panel {
@@ -185,23 +78,14 @@ void soften(const Panel& p, int64_t keys, float* scores) {
   }
 }
 
-template <int V>
-void attend(const Problem& p, const Panel& panel, int64_t keys, const float* k, const float* v, float* scores) {
+template <int V, class Masked>
+void attend(const Problem& p, const Panel& panel, int64_t keys, const float* k, const float* v, float* scores,
+            Masked mask) {
   const auto vectors = [](float* x) { return reinterpret_cast<Vector*>(x); };
   product<V>(keys, k, p.row(), 1, vectors(panel.query), p.dim, nullptr, vectors(scores));
+  mask();
   soften<V>(panel, keys, scores);
   product<V>(p.dim, v, 1, p.row(), vectors(scores), keys, vectors(panel.decay), vectors(panel.out));
-}
-
-// f.operator()<V>() with the vectors of a panel.
-template <class F>
-void with_vectors(int64_t width, F f) {
-  if constexpr (kVectors > 2) {
-    if (width == 4 * kLanes) {
-      return f.template operator()<4>();
-    }
-  }
-  width == 2 * kLanes ? f.template operator()<2>() : f.template operator()<1>();
 }
 
 // The width of the next panel when so many queries are left.
@@ -217,11 +101,12 @@ inline int64_t panel_width(int64_t left) {
 template <class T>
 class Worker {
  public:
-  Worker(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, T* out)
-      : p_(p), q_(q), k_(k), v_(v), out_(out), whole_(p.keys * p.row() <= kHeld), room_(room()),
+  Worker(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, const Mask& mask, T* out)
+      : p_(p), q_(q), k_(k), v_(v), mask_(mask), out_(out), whole_(p.keys * p.row() <= kHeld), room_(room()),
         query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())), key_(room_.take(held())),
         value_(room_.take(held())), scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)),
-        total_(room_.take(kQueries)), decay_(room_.take(kQueries)), lines_(room_.take(kVectors * kLanes * p.row())) {}
+        total_(room_.take(kQueries)), decay_(room_.take(kQueries)), lines_(room_.take(kVectors * kLanes * p.row())),
+        entries_(room_.take(kLanes * kKeys)) {}
 
   // The queries of one head from `first` on.
   void run(int64_t b, int64_t h, int64_t first) {
@@ -238,8 +123,14 @@ class Worker {
       if (!whole_) {
         gather(b, h, key, keys);
       }
-      for_each_panel(queries, [&](int64_t, int64_t width, const Panel& panel) {
-        with_vectors(width, [&]<int V>() { attend<V>(p_, panel, keys, key_ + at, value_ + at, scores_); });
+      for_each_panel(queries, [&](int64_t query, int64_t width, const Panel& panel) {
+        const auto mask = [&] {
+          if (mask_.data) {
+            const auto apply = mask_.keeps ? &Mask::apply<bool> : &Mask::apply<T>;
+            (mask_.*apply)(b, h, first + query, queries - query, key, keys, width, scores_, entries_);
+          }
+        };
+        with_vectors(width, [&]<int V>() { attend<V>(p_, panel, keys, key_ + at, value_ + at, scores_, mask); });
       });
     }
     for_each_panel(queries, [&](int64_t at, int64_t width, const Panel& panel) {
@@ -251,7 +142,8 @@ class Worker {
   int64_t held() const { return (whole_ ? p_.keys : kKeys) * p_.row(); }
 
   int64_t room() const {
-    return (2 * kQueries + kVectors * kLanes) * p_.row() + 2 * held() + kKeys * kVectors * kLanes + 3 * kQueries;
+    return (2 * kQueries + kVectors * kLanes) * p_.row() + 2 * held() + kKeys * (kVectors + 1) * kLanes +
+           3 * kQueries;
   }
 
   // Keys and values lie a row here and a row there, often on a page each: they are brought together once for a block of
@@ -301,19 +193,20 @@ class Worker {
 
   const Problem& p_;
   const View<T>&q_, &k_, &v_;
+  const Mask& mask_;
   T* out_;
   bool whole_;         // all keys and values of a head are held, those of `head_`
   int64_t head_ = -1;
   Room room_;
-  float *query_, *result_, *key_, *value_, *scores_, *highest_, *total_, *decay_, *lines_;
+  float *query_, *result_, *key_, *value_, *scores_, *highest_, *total_, *decay_, *lines_, *entries_;
 };
 
 template <class T>
-void run(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, T* out) {
+void run(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, const Mask& mask, T* out) {
   const int64_t blocks = (p.queries + kQueries - 1) / kQueries, all = p.batch * p.heads * blocks;
   const int64_t work = 2 * std::min(kQueries, p.queries) * p.keys * p.dim;
   const auto some = [&](int64_t begin, int64_t end) {
-    Worker<T> worker(p, q, k, v, out);
+    Worker<T> worker(p, q, k, v, mask, out);
     for (int64_t i = begin; i < end; ++i) {
       worker.run(i / blocks / p.heads, i / blocks % p.heads, i % blocks * kQueries);
     }
@@ -330,16 +223,28 @@ void check_like(const char* name, const Tensor& t, const Tensor& q, int64_t toke
   check(t.stride(3) == 1 || t.size(3) == 1, kOp, ": ", name, " must have stride 1 in its last axis");
 }
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+Mask mask_of(const std::optional<Tensor>& t, const Problem& p, ScalarType dtype) {
+  if (!t) {
+    return {};
+  }
+  const std::vector<int64_t> shape = {p.batch, p.heads, p.queries, p.keys};
+  check(has_shape(*t, shape), kOp, ": mask must be ", shape_of(shape), ", got ", shape_of(*t));
+  const bool keeps = t->scalar_type() == ScalarType::Bool;
+  check(keeps || t->scalar_type() == dtype, kOp, ": mask must be bool or have the dtype of q");
+  return {t->const_data_ptr(), keeps, t->stride(0), t->stride(1), t->stride(2), t->stride(3)};
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const std::optional<Tensor>& mask) {
   check(q.dim() == 4 && q.size(3) >= 1, kOp, ": q must be [B, S, H, D], got ", shape_of(q));
   check(k.dim() == 4, kOp, ": k must be [B, T, H, D], got ", shape_of(k));
   check_like("q", q, q, q.size(1));
   check_like("k", k, q, k.size(1));
   check_like("v", v, q, k.size(1));
   const Problem p{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), static_cast<float>(scale)};
+  const Mask what = mask_of(mask, p, q.scalar_type());
   Tensor out = torch::stable::empty({p.batch, p.queries, p.heads * p.dim}, q.scalar_type());
   with_dtype(kOp, q.scalar_type(), [&]<class T>(T*) {
-    run(p, View<T>(q), View<T>(k), View<T>(v), data_of<T>(out));
+    run(p, View<T>(q), View<T>(k), View<T>(v), what, data_of<T>(out));
   });
   return out;
 }
@@ -347,7 +252,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }

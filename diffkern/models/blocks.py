@@ -15,8 +15,8 @@ from diffkern.ops.group_norm_silu import group_norm_silu
 from diffkern.ops.linear import GATED, linear
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor) -> Tensor:
-    """GroupNorm with the module's parameters, then SiLU, in one op. more: `add`, `scale` and `shift` of that op."""
+def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor | None) -> Tensor:
+    """GroupNorm with the parameters of its module, then SiLU, in one op. more: the op's add, scale, shift and skip."""
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, **more)
 
 
@@ -90,8 +90,7 @@ class ResnetBlock(nn.Module):
         """x: [B, C1, H, W]. skip: [B, C2, H, W], joined to it, or None; C1 + C2 = in_channels. time: what time_emb_proj
         makes of the embedding after SiLU: [B, out_channels], twice as wide with scale_shift, or None. Returns
         [B, out_channels, H, W]."""
-        x = x if skip is None else torch.cat([x, skip], dim=1)
-        h = convolve(self.conv1, norm_silu(self.norm1, x))
+        h = convolve(self.conv1, norm_silu(self.norm1, x, skip=skip))
         if time is None:
             h = norm_silu(self.norm2, h)
         elif self.scale_shift:
@@ -99,9 +98,18 @@ class ResnetBlock(nn.Module):
             h = norm_silu(self.norm2, h, scale=scale, shift=shift)
         else:
             h = norm_silu(self.norm2, h, add=time)
-        shortcut = x if self.conv_shortcut is None else convolve(self.conv_shortcut, x)
-        h = convolve(self.conv2, F.dropout(h, self.dropout, self.training), shortcut)
+        h = convolve(self.conv2, F.dropout(h, self.dropout, self.training), self._shortcut(x, skip))
         return h / self.output_scale if self.output_scale != 1 else h
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        conv = self.conv_shortcut
+        if conv is None:
+            return x if skip is None else torch.cat([x, skip], dim=1)
+        if skip is None:
+            return convolve(conv, x)
+        # The two are never joined: of a 1 x 1 convolution each takes its part of the weight.
+        own, other = conv.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        return conv2d(skip, other, residual=conv2d(x, own, conv.bias))
 
 
 def resnet_blocks(model: nn.Module) -> list[ResnetBlock]:

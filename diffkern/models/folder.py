@@ -30,23 +30,23 @@ def check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ModelError(f"config.json has {key} {value!r}: allowed here is {choices}")
 
 
-def check_type(key: str, value: Any, annotation: str) -> None:
-    """Check a config value against the annotation of its field. Sizes are bounded, so that a config can ask for no
-    network that takes forever to build."""
+def check_type(key: str, value: Any, annotation: str, low: int = 0) -> None:
+    """Check a config value against the annotation of its field. Numbers are bounded, `low` to 65536, so that a config
+    can ask for no network that takes forever to build."""
     kinds = [kind.strip() for kind in annotation.split("|")]
     for kind in kinds:
         if kind == "None" and value is None:
             return
         if kind.startswith("tuple") and isinstance(value, tuple) and len(value) <= 64:
             for item in value:
-                check_type(key, item, kind[len("tuple[") :].split(",")[0])
+                check_type(key, item, kind[len("tuple[") :].split(",")[0], low)
             return
         if kind in ("int", "float") and isinstance(value, int if kind == "int" else (int, float)):
-            if not isinstance(value, bool) and 0 <= value <= 1 << 16:
+            if not isinstance(value, bool) and low <= value <= 1 << 16:
                 return
         elif kind in ("bool", "str") and isinstance(value, bool if kind == "bool" else str):
             return
-    raise ModelError(f"config.json has {key} {value!r}: this must be {' or '.join(kinds)}, numbers from 0 to 65536")
+    raise ModelError(f"config.json has {key} {value!r}: this must be {' or '.join(kinds)}, numbers from {low} to 65536")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -230,8 +230,11 @@ class Given(nn.Module):
         return self.model.sample_shape
 
     def conditioning(self, timestep: Tensor) -> Tensor:
-        """That of the model for a batch at timestep [B]."""
-        return self.model.conditioning(timestep, **self.told)
+        """That of the model for each timestep [N] with each of the R rows that it is told: [N R, width]."""
+        rows = max((len(t) for t in self.told.values()), default=1)
+        told = {k: t.expand(rows, *t.shape[1:]) for k, t in self.told.items()}
+        told = {k: t.repeat(len(timestep), *(1,) * (t.dim() - 1)) for k, t in told.items()}
+        return self.model.conditioning(timestep.repeat_interleave(rows), **told)
 
     def forward(self, x: Tensor, timestep: Tensor | None = None, conditioning: Tensor | None = None) -> Tensor:
         """As the model's. Raises ValueError for a batch that the prompts cannot be shared out to."""

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.invariant import masked
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Cost, Sample, forced_backend, op
+from diffkern.op import Backend, Cost, Sample, op
 
 
 @op
@@ -42,35 +43,46 @@ def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
+def _everywhere(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask as a view [B, H, S, T]."""
+    return None if mask is None else mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+
+
+def _defers(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> str | None:
+    """Measured beside PyTorch's with AVX-512, on one and two threads: in float32 the C++ kernel is 0.9 to 2.1 times as
+    fast up to 256 numbers a head, most for few, but 0.7 to 1.2 times for 512, and 0.65 to 0.8 times from 160 on with
+    16 queries; in bfloat16 and float16 it is 0.9 to 3 times as fast."""
+    queries, dim = q.shape[1], q.shape[-1]
+    if q.dtype == torch.float32 and (dim > 256 or (dim > 128 and queries <= 16)):
+        return f"PyTorch is faster in float32 with {dim} numbers a head and {queries} queries"
+    return None
+
+
+@attention.backend("cpu", devices=("cpu",), supports=_supports, strided=True, defers=_defers)
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.diffkern_C.attention(*_rows(q, k, v), factor, _everywhere(mask, q, k))
+
+
 @attention.gradient
-@attention.backend("torch", devices=("cuda",), supports=_supports, strided=True)
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+@attention.backend("torch", devices=("cpu", "cuda"), supports=_supports, strided=True)
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
     """PyTorch's own: what trains, and what runs where it is faster than the kernels here."""
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
 
 
-@attention.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    if mask is not None or (forced_backend() != "cpu" and not _is_faster(q)):
-        return _fused(q, k, v, scale, mask)
-    return torch.ops.diffkern_C.attention(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def _is_faster(q: Tensor) -> bool:
-    """Whether the C++ kernel is, beside PyTorch's. With AVX-512 and float32 it is 1.0 to 1.9 times as fast up to 256
-    numbers a head (least for wide heads and few tokens) and 0.9 times at 512; with bfloat16 1.2 to 2.4 times."""
-    return q.dtype != torch.float32 or q.shape[-1] <= 256
-
-
 # Not yet timed on a GPU: until a record says where it is faster, it comes last and runs only when it is asked for.
 @attention.backend("triton", devices=("cuda",), supports=_supports, strided=True)
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        return _fused(q, k, v, scale, mask)
     from diffkern.kernels.attention import attention as kernel
 
-    return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale)
+    return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale, _everywhere(mask, q, k))
+
+
+@attention.batch_invariant
+def _(run: Backend, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    return masked(lambda q, k, v, mask: run(q, k, v, scale, mask), q, k, v, mask)
 
 
 @attention.samples
@@ -98,6 +110,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
     masks = {
         "padding": padding,
+        "text": lambda b, s, t: (torch.arange(t, device=device) < t * 3 // 4).expand(b, 1, 1, t),
         "causal": lambda b, s, t: torch.ones(s, t, device=device).tril().bool(),
         "added": lambda b, s, t: make((b, 1, s, t), device, dtype, seed=3),
         "added, some -inf": lambda b, s, t: make((b, 1, s, t), device, dtype, seed=3).clamp(min=0).log(),
@@ -120,6 +133,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("far apart", 2, 33, 130, 2, 16, spread=30.0)
     for mask in masks:
         yield sample(f"masked, {mask}", 1 if mask == "causal" else 2, 6, 6, 2, 8, mask=mask)
+        # Full and other vectors of queries, and keys in two blocks of which the second is not full.
+        yield sample(f"many, masked, {mask}", 1, 83, 101, 2, 80, mask=mask)
     for side, dim in ((16, 160), (8, 160), (32, 80), (64, 40)):
         batch = 1 if side == 64 else 2  # the reference's scores would not fit into many memories
         yield sample(f"SD 1.5 {side}x{side}", batch, side**2, side**2, 8, dim, packed=True, workload=True)
@@ -128,6 +143,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("SD 1.5 VAE 64x64", 1, 4096, 4096, 1, 512, workload=True)
     yield sample("DiT-S/2 16x16", 4, 256, 256, 6, 64, packed=True, workload=True)
     yield sample("DiT-XL/2 16x16", 2, 256, 256, 16, 72, packed=True, workload=True)
+    for mask in ("text", "added"):
+        yield sample(f"PixArt 32x32, text, {mask}", 2, 1024, 120, 16, 72, packed=True, mask=mask, workload=True)
     yield sample("CIFAR UNet 16x16", 8, 256, 256, 1, 256, workload=True)
     yield sample("emoji UNet 8x8", 36, 64, 64, 4, 32, workload=True)
     yield sample("emoji UNet 4x4", 36, 16, 16, 6, 32, workload=True)

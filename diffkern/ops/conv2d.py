@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.invariant import apart
 from diffkern.layout import accumulate, fast_dtype, memory_format
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Backend, Cost, Sample, op
 from diffkern.ops.linear import ACTIVATIONS, activate
 from diffkern.packing import compute_dtype, packed
 
@@ -213,6 +214,14 @@ def _(
     residual = None if residual is None else residual.contiguous(memory_format=memory_format(x))
     left, _, top, _ = _sides(padding, weight)
     return kernel(x, weight, bias, stride, (top, left), add, residual, activation, upsample, out)
+
+
+@conv2d.batch_invariant
+def _(
+    run: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None,
+    add: Tensor | None, residual: Tensor | None, activation: str, upsample: bool,
+) -> Tensor:  # fmt: skip
+    return apart(lambda x, a, r: run(x, weight, bias, stride, padding, a, r, activation, upsample), x, add, residual)
 
 
 @conv2d.samples

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.invariant import apart, rows
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Backend, Cost, Sample, op
 from diffkern.packing import compute_dtype, packed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -168,6 +169,15 @@ def _(
     x, weight = x.contiguous(), weight.contiguous()
     bias, residual, gate = (None if t is None else t.contiguous() for t in (bias, residual, gate))
     return kernel(x, weight, bias, activation, residual, gate)
+
+
+@linear.batch_invariant
+def _(
+    run: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None,
+    gate: Tensor | None,
+) -> Tensor:  # fmt: skip
+    alone = rows if x.dim() == 2 else apart
+    return alone(lambda x, r, g: run(x, weight, bias, activation, r, g), x, residual, gate)
 
 
 @linear.samples

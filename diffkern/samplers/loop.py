@@ -5,7 +5,7 @@ Nothing in the loop waits for the device: coefficients, timesteps and noise keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,15 @@ from diffkern.ops.sampler_step import C_IN, sampler_step
 from diffkern.samplers.table import Table
 
 Model = Callable[..., Tensor]
-"""(x [B, ...], timestep float32 [B]) or (x, timestep, labels int64 [B]) -> the model output [B, ...]."""
+"""(x [B, ...], timestep float32 [B]) or (x, timestep, labels int64 [B]) -> the model output [B, ...].
+
+A model may have a method `conditioning(timestep [N])` or `conditioning(timestep, labels)` -> [..., N, width]: all that
+it computes from these alone, or without labels [..., N R, width], with R rows for a timestep, each for B / R samples in
+turn. That is then called for many steps at once, and the model with one step's part of the result, as
+model(x, conditioning=[..., B, width])."""
+
+# Rows of conditioning that are made at once: enough to read the weights behind them seldom, and 100 MB for DiT-XL/2.
+_ROWS = 128
 
 
 class Progress(NamedTuple):
@@ -119,15 +127,13 @@ class _Run:
         if scale is not None and classes is not None:
             assert null_label is not None
             classes = torch.cat([torch.full_like(classes, null_label), classes])
-        given = () if classes is None else (classes,)
         model_input = (self.rows[0, C_IN] * x).to(self.dtype)
         model_input = model_input.repeat(doubled, *(1,) * len(self.shape))
         index = torch.arange(len(table), device=self.device)[:, None].repeat(1, b)
-        times = self.timesteps[:, None].repeat(1, doubled * b)
         base = torch.zeros_like(x) if table.uses_base else None
         past = [torch.zeros_like(x) for _ in range(table.history)]
-        for i in range(len(table)):
-            output = self.model(model_input, times[i], *given)
+        for i, (given, named) in enumerate(self.given(classes, doubled * b)):
+            output = self.model(model_input, *given, **named)
             # The state takes the layout of the model's output once: no kernel then has to transpose it.
             if i == 0 and output.dim() == 4 and not output.is_contiguous():
                 x = x.contiguous(memory_format=torch.channels_last)
@@ -143,6 +149,23 @@ class _Run:
                 self.callback(Progress(i, table.timesteps[i], x, ids))
             bar.update()
         return x
+
+    def given(self, classes: Tensor | None, batch: int) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
+        """What the model is given beside x in each step."""
+        condition = getattr(self.model, "conditioning", None)
+        if condition is None:
+            labels = () if classes is None else (classes,)
+            yield from (((times, *labels), {}) for times in self.timesteps[:, None].repeat(1, batch))
+            return
+        distinct, which = (None, None) if classes is None else classes.unique(return_inverse=True)
+        n = 1 if distinct is None else len(distinct)
+        for times in self.timesteps.split(max(1, _ROWS // n)):
+            labels = () if distinct is None else (distinct.repeat(len(times)),)
+            rows = condition(times.repeat_interleave(n), *labels).unflatten(-2, (len(times), -1))
+            for row in rows.unbind(-3):
+                told = row if which is None else row.index_select(-2, which)
+                # without labels there is one row for all, or one for each half, or for each sample
+                yield (), {"conditioning": told.repeat_interleave(batch // told.shape[-2], -2)}
 
 
 def _ids(n: int | None, sample_ids: Iterable[int] | None) -> tuple[Tensor, int]:
