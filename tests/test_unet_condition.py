@@ -236,6 +236,15 @@ def test_rows_are_shared_out_to_the_batch(name, rows):
         assert (model.given(text, **told)(x, t) - expected).abs().max() <= 1e-5
 
 
+def test_an_empty_batch_stays_empty():
+    model = make_ours("SDXL")
+    (x, t, text), told = inputs(model.config)
+    nothing = {k: v[:0] for k, v in told.items()}
+    with torch.no_grad():
+        assert model(x[:0], t[:0], text[:0], **nothing).shape == (0, 4, 8, 8)
+        assert model.given(text[:1], **{k: v[:1] for k, v in told.items()})(x[:0], t[:0]).shape == (0, 4, 8, 8)
+
+
 @pytest.mark.parametrize("name", ["SD 1.5", "SDXL", "LCM"])
 def test_a_prompt_of_another_dtype_is_taken_in_that_of_the_weights(name):
     model = make_ours(name).bfloat16()

@@ -150,10 +150,10 @@ class UNet2DCondition(UNet):
         embedding = self.embedding(timestep, class_labels, timestep_cond)
         if self.add_embedding is not None and text_embeds is not None and time_ids is not None:
             c = self.config
-            sinusoids = timestep_embedding(
-                time_ids.flatten(), c.addition_time_embed_dim, c.flip_sin_to_cos, c.freq_shift
-            )
-            sinusoids = sinusoids.view(len(time_ids), -1).to(embedding.dtype)
+            rows, numbers = time_ids.shape
+            width = c.addition_time_embed_dim
+            sinusoids = timestep_embedding(time_ids.flatten(), width, c.flip_sin_to_cos, c.freq_shift)
+            sinusoids = sinusoids.view(rows, numbers * width).to(embedding.dtype)
             added = torch.cat([text_embeds.to(embedding.dtype), sinusoids], dim=1)
             if added.shape[1] != c.projection_class_embeddings_input_dim:
                 raise ValueError(
@@ -246,6 +246,7 @@ class Given(nn.Module):
 def _share(rows: int, batch: int) -> int:
     """How many samples in turn a row is for. Raises ValueError unless it is plain which: two rows are the two halves of
     a batch with guidance, other numbers would give a sample another row in a batch of another size."""
-    if rows not in (1, 2, batch) or batch % rows:
+    each = max(1, rows)  # an empty batch has no rows
+    if rows not in (1, 2, batch) or batch % each:
         raise ValueError(f"a batch of {batch} takes 1 row, 2 for its halves, or {batch}, not {rows}")
-    return batch // rows
+    return batch // each
