@@ -171,9 +171,9 @@ class Op:
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the next backend in order of preference. `supports(*args)` is True or the reason why not; it says
         *can* (dtype, layout, capability), never *want*. Where the best order depends on the call, `defers(*args)` is
-        the reason, as measured, why this backend leaves a call that it can take to a later one, or None; nobody asks
-        for it when the backend is forced. A backend is given dense tensors in the layout of the first one, or
-        with `strided` the tensors as they are: what knows a weight by its identity must not get a dense copy."""
+        the reason, as measured, to leave a call to a later backend, or None; a forced one is not asked. A backend is
+        given dense tensors in the layout of the first one, or with `strided` the tensors as they are: what knows a
+        weight by its identity must not get a dense copy."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             assert name in BACKENDS, f"{name} is not one of {BACKENDS}"
