@@ -36,7 +36,9 @@ def test_ops_give_a_sample_alone_what_they_give_it_in_a_batch(name, backend, dty
                 singles = [tensors(op(*alone(op, args, i, batch)))[0] for i in range(batch)]
         assert (together.shape, together.stride()) == (plain.shape, plain.stride()), sample
         assert torch.equal(together, torch.cat(singles)), sample
-        torch.testing.assert_close(together, plain, msg=sample)
+        if plain.numel():  # another order of the sums, whose terms may be larger than what is left of them
+            scale = max(plain.abs().max().item(), args[0].abs().max().item())
+            assert (together - plain).abs().max() <= 32 * torch.finfo(dtype).eps * scale, sample
 
 
 def unet():
