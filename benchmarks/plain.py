@@ -61,6 +61,33 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: 
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
 
 
+def autograd_group_norm_silu(x: Tensor, grad: Tensor, groups: int, *rest: Any) -> Callable[[], Any]:
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *rest[:2], *rest[4:])]
+    first, weight, bias, *more = leaves
+    assert first is not None
+    with torch.enable_grad():
+        y = torch_group_norm_silu(first, groups, weight, bias, rest[2], rest[3], *more)
+    wanted = [t for t in leaves if t is not None]
+    return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
+
+
+def autograd_layer_norm_modulate(
+    grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, eps: float
+) -> Callable[[], Any]:
+    leaves = [t.detach().requires_grad_() for t in (x, scale, weight) if t is not None]
+    own = None if weight is None else leaves[-1]
+    with torch.enable_grad():
+        y = F.layer_norm(leaves[0], x.shape[-1:], own, None, eps)
+        y = y if scale is None else y * (1 + leaves[1][:, None])
+    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+
+# Of a gradient only the way back is timed: called once with the op's arguments, each gives the call to time.
+AUTOGRAD: dict[str, Callable[..., Callable[[], Any]]] = {
+    "group_norm_silu_backward": autograd_group_norm_silu,
+    "layer_norm_modulate_backward": autograd_layer_norm_modulate,
+}
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "randn": torch_randn,
     "add_noise": torch_add_noise,

@@ -1,6 +1,6 @@
-"""Writes the README's figures from the committed records, so that none is typed.
+"""Writes the figures of the README and docs/figures.md from the committed records, so that none is typed.
 
-python benchmarks/report.py            # between the markers in README.md
+python benchmarks/report.py            # between the markers in README.md, and docs/figures.md
 python benchmarks/report.py --print
 """
 
@@ -11,13 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+RESULTS, README, DETAILS = ROOT / "benchmarks" / "results", ROOT / "README.md", ROOT / "docs" / "figures.md"
 BEGIN, END = "<!-- figures: python benchmarks/report.py -->\n", "<!-- end of figures -->\n"
 OURS = ("cuda", "triton", "cpu")
+COMPILED = ("torch.compile", "torch.compile, max-autotune")
+EAGER = ("diffusers", "diffusers, channels_last")
 
 
 def load(name: str) -> list[dict[str, Any]]:
+    """The records of that name, of all machines."""
     return [json.loads(f.read_text(encoding="utf-8")) for f in sorted(RESULTS.glob(f"*/{name}.json"))]
 
 
@@ -27,67 +30,152 @@ def where(machine: dict[str, Any]) -> str:
     return f"{device}, {machine['threads']} threads, torch {versions['torch']}"
 
 
-def end_to_end(record: dict[str, Any]) -> str:
-    results = record["results"]
+def _best(variants: dict[str, Any], names: tuple[str, ...]) -> str:
+    """How much faster diffkern is than the fastest of some variants."""
+    ratios = [variants[n]["diffkern is faster by"]["median"] for n in names if n in variants]
+    return f"{min(ratios):.2f}" if ratios else "-"
+
+
+def networks_summary(records: list[dict[str, Any]]) -> str:
+    """A line a network and dtype, machine by machine."""
+    lines: list[str] = []
+    machine = ""
+    for record in records:
+        r, v = record["results"], record["results"]["variants"]
+        if machine != (machine := where(record["machine"])):
+            lines += [
+                f"{machine}. How many times as fast as each rival, the faster of its forms:",
+                "",
+                "| | diffkern | torch.compile | diffusers | OpenVINO | first call: diffkern, torch.compile |"
+                " memory: diffkern, diffusers |",
+                "|---|---|---|---|---|---|---|",
+            ]
+        ours = v["diffkern"]
+        compiled = [v[n]["first call, seconds"] for n in COMPILED if n in v]
+        eager = [v[n]["peak memory, MB"] for n in EAGER if n in v]
+        lines.append(
+            f"| {r['network']}, {r['dtype']} | {ours['ms']['median']:.0f} ms | {_best(v, COMPILED)} | "
+            f"{_best(v, EAGER)} | {_best(v, ('OpenVINO',))} | "
+            f"{ours['first call, seconds']:.1f} s, {min(compiled, default=0):.0f} s | "
+            f"{ours['peak memory, MB']} MB, {min(eager, default=0)} MB |"
+        )
+    meant = {r["results"]["network"]: r["results"]["what"] for r in records}
+    return "\n".join([*lines, "", "; ".join(f"{name}: {what}" for name, what in meant.items()) + ".", ""])
+
+
+def network(record: dict[str, Any]) -> str:
+    """Every variant of one network."""
+    r = record["results"]
     lines = [
-        f"{results['network']}, {results['n']} pictures, guidance {results['guidance']:g}, float32, "
-        f"{where(record['machine'])}:",
+        f"### {r['network']}, {r['dtype']}, {where(record['machine'])}",
         "",
-        "| | ms a step (p20 to p80) | diffkern is faster by | first run |",
-        "|---|---|---|---|",
+        f"{r['what']}.",
+        "",
+        "| | ms (p20 to p80) | diffkern is faster by | first call | peak memory | max delta |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, r in results["variants"].items():
-        ms, times = r["ms per step"], r["diffkern is faster by"]
+    for name, v in r["variants"].items():
+        ms, times = v["ms"], v["diffkern is faster by"]
         lines.append(
             f"| {name} | {ms['median']:.0f} ({ms['p20']:.0f} to {ms['p80']:.0f}) | "
-            f"{times['median']:.2f} ({times['p20']:.2f} to {times['p80']:.2f}) | {r['first run, seconds']:.1f} s |"
+            f"{times['median']:.2f} ({times['p20']:.2f} to {times['p80']:.2f}) | {v['first call, seconds']:.1f} s | "
+            f"{v['peak memory, MB']} MB | {v['max delta']:.1g} |"
         )
-    return "\n".join([*lines, ""])
+    lines += [f"| {name} | not timed: {reason} | | | | |" for name, reason in r["refused"].items()]
+    shares = ", ".join(f"{kernel} {100 * share:.0f} %" for kernel, share in r["profile"].items())
+    return "\n".join([*lines, "", f"Where diffkern's time goes: {shares}.", ""])
 
 
-def ops(record: dict[str, Any]) -> str:
-    lines = [
-        f"Ops on their workloads, {where(record['machine'])}. The rival is the fastest of the reference, what one",
-        "would write in PyTorch with its own generator, and torch.compile of both. A clone of as many bytes is 100 %.",
-        "",
-        "| op | workload | dtype | backend | GB/s | of copy | rival | faster by |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in record["results"]:
-        times = row["times"]
-        backend = next((b for b in OURS if b in times), None)
-        if backend is None:
-            continue
-        rival = min((n for n in times if n not in (*OURS, "copy")), key=lambda n: times[n]["us"]["median"])
-        ours = times[backend]
-        faster = times[rival]["us"]["median"] / ours["us"]["median"]
+def _row(row: dict[str, Any]) -> tuple[str, dict[str, Any], str, float] | None:
+    """Our backend, its figures, the fastest rival, and how much faster than that it is."""
+    times = row["times"]
+    backend = next((b for b in OURS if b in times), None)
+    if backend is None:
+        return None
+    rival = min((n for n in times if n not in (*OURS, "copy", "matmul")), key=lambda n: times[n]["us"]["median"])
+    return backend, times[backend], rival, times[rival]["us"]["median"] / times[backend]["us"]["median"]
+
+
+def _floor(figures: dict[str, Any]) -> tuple[str, float, str]:
+    """The ceiling that a kernel is measured by: that of memory, or of arithmetic if it multiplies."""
+    if "of matmul" in figures:
+        return f"{figures['GFLOP/s']:.0f} GFLOP/s", 100 * figures["of matmul"], "of matmul"
+    return f"{figures['GB/s']:.1f} GB/s", 100 * figures["of copy"], "of copy"
+
+
+def _machines() -> dict[str, list[dict[str, Any]]]:
+    """The rows of all ops, machine by machine."""
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for record in load("ops-*"):
+        machines.setdefault(where(record["machine"]), []).extend(record["results"])
+    return machines
+
+
+def ops_summary(machine: str, rows: list[dict[str, Any]]) -> str:
+    """A line an op and dtype: the least and the most over its workloads."""
+    groups: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    for row in rows:
+        if (found := _row(row)) is not None:
+            _, figures, _, ratio = found
+            groups.setdefault((row["op"], row["dtype"]), []).append((ratio, *_floor(figures)[1:]))
+    lines = [f"{machine}:", "", "| op | dtype | faster by | share of the ceiling |", "|---|---|---|---|"]
+    for (op, dtype), values in groups.items():
+        faster, shares = [v[0] for v in values], [v[1] for v in values]
         lines.append(
-            f"| {row['op']} | {row['sample']} | {row['dtype']} | {backend} | {ours['GB/s']:.1f} | "
-            f"{100 * ours['of copy']:.0f} % | {rival} | {faster:.2f} |"
+            f"| {op} | {dtype} | {min(faster):.2f} to {max(faster):.2f} | "
+            f"{min(shares):.0f} to {max(shares):.0f} % {values[0][2]} |"
         )
     return "\n".join([*lines, ""])
 
 
-def figures() -> str:
-    """The Markdown of all records."""
-    parts = [end_to_end(r) for r in load("end_to_end")] + [ops(r) for r in load("ops")]
-    return "\n".join(parts)
+def ops(machine: str, rows: list[dict[str, Any]]) -> str:
+    """Every workload of every op."""
+    lines = [
+        f"### Ops, {machine}",
+        "",
+        "The rival is the fastest of the reference, what one would write in PyTorch with its own generator, and",
+        "torch.compile of both. The ceiling is a clone of as many bytes, or for products a matmul of as many",
+        "operations; convolutions by Winograd's way do fewer than are counted.",
+        "",
+        "| op | workload | dtype | backend | us (p20 to p80) | rate | of the ceiling | rival | faster by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if (found := _row(row)) is None:
+            continue
+        backend, figures, rival, faster = found
+        us, (rate, share, _) = figures["us"], _floor(figures)
+        lines.append(
+            f"| {row['op']} | {row['sample']} | {row['dtype']} | {backend} | "
+            f"{us['median']:.0f} ({us['p20']:.0f} to {us['p80']:.0f}) | {rate} | {share:.0f} % | "
+            f"{rival} | {faster:.2f} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def readme_with_figures() -> str:
     """README.md as it should be."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    return before + BEGIN + figures() + END + rest.split(END)[1]
+    parts = [networks_summary(load("end_to_end-*")), *(ops_summary(*item) for item in _machines().items())]
+    return before + BEGIN + "\n".join(parts) + END + rest.split(END)[1]
+
+
+def details() -> str:
+    """docs/figures.md as it should be."""
+    parts = ["# Figures\n", "Written by `python benchmarks/report.py` from the records in benchmarks/results.\n"]
+    parts += [*map(network, load("end_to_end-*")), *(ops(*item) for item in _machines().items())]
+    return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", help="print, and leave the README alone")
+    parser.add_argument("--print", action="store_true", help="print, and leave the files alone")
     if parser.parse_args().print:
-        print(figures())
+        print(details())
     else:
         README.write_text(readme_with_figures(), encoding="utf-8")
+        DETAILS.write_text(details(), encoding="utf-8")
 
 
 if __name__ == "__main__":

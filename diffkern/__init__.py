@@ -1,5 +1,6 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
+from diffkern.choice import explain
 from diffkern.invariant import batch_invariant
 from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
@@ -7,7 +8,7 @@ from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
 from diffkern.models.vae import AutoencoderKL
-from diffkern.op import BackendError, explain, use_backend
+from diffkern.op import BackendError, use_backend
 from diffkern.ops import (
     Draw,
     add_noise,

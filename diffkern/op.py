@@ -56,14 +56,6 @@ class Cost(NamedTuple):
     flops: int
 
 
-class Choice(NamedTuple):
-    """One line of `explain`: a backend, whether the op would take it, and the reason."""
-
-    backend: str
-    chosen: bool
-    reason: str
-
-
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -281,29 +273,3 @@ def use_backend(name: str) -> Iterator[None]:
 def _check_name(name: str) -> None:
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"no backend is named {name!r}: choose one of auto, {', '.join(BACKENDS)}")
-
-
-def explain(what: Op | str, *args: Any, **kwargs: Any) -> list[Choice]:
-    """For each backend of an op, in order of preference: would this call take it, and why (not).
-
-    Without arguments the answer is about the machine only. Raises KeyError for an unknown op name."""
-    if isinstance(what, str):
-        if what not in OPS:
-            raise KeyError(f"no op is named {what!r}: choose one of {', '.join(sorted(OPS))}")
-        what = OPS[what]
-    bound = what.bind(*args, **kwargs) if args or kwargs else None
-    forced = forced_backend()
-    choices: list[Choice] = []
-    taken, best = False, "first that can run"
-    for b in what.all_backends():
-        reason = availability(b.name) if bound is None else b.why_not(bound)
-        if reason is None and forced not in (None, b.name):
-            reason = f"can run, but {forced!r} is forced"
-        elif reason is None and taken:
-            reason = f"can run, but {next(c.backend for c in choices if c.chosen)!r} comes first"
-        elif reason is None and forced is None and bound is not None and (better := b.why_defer(bound)):
-            reason, best = f"can run, but leaves it to the next: {better}", "next that can run"
-        chosen = reason is None
-        taken = taken or chosen
-        choices.append(Choice(b.name, chosen, reason or ("forced" if forced else best)))
-    return choices

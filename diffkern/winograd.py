@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from diffkern.layout import is_dense
 from diffkern.packing import packed
 
 
@@ -40,7 +41,7 @@ def convolve(
     copy = packed(
         weight,
         ("winograd", upsample),
-        lambda: torch.ops.diffkern_C.winograd_weight(weight.detach().contiguous(), upsample),
+        lambda: torch.ops.diffkern_C.winograd_weight(weight if is_dense(weight) else weight.contiguous(), upsample),
     )
     bias, add = (None if t is None else t.contiguous() for t in (bias, add))
     return torch.ops.diffkern_C.winograd(x, copy, len(weight), sides, bias, add, silu, residual, upsample)

@@ -19,8 +19,9 @@ def test_the_figures_are_those_of_the_records():
     assert spec.loader is not None
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
-    assert report.load("end_to_end"), "there is a record to report"
+    assert report.load("end_to_end-*"), "there is a record to report"
     assert report.readme_with_figures() == README, "run: python benchmarks/report.py"
+    assert report.details() == report.DETAILS.read_text(encoding="utf-8"), "run: python benchmarks/report.py"
 
 
 def test_the_python_runs(capsys):
