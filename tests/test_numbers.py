@@ -20,7 +20,7 @@ from diffkern.testing import make, tensors, ulp
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("cpu", "triton", "reference")
 MEMORY = ("contiguous", "channels_last")
-SUMS = ("linear", "conv2d", "group_norm_silu", "group_norm_silu_backward")
+SUMS = ("linear", "conv2d", "attention", "group_norm_silu", "group_norm_silu_backward")
 
 
 @pytest.fixture(params=BACKENDS)
