@@ -1,8 +1,12 @@
-"""3 x 3 convolutions on the CPU by Winograd's F(2 x 2, 3 x 3) (Lavin & Gray 2016): in float32, whatever the dtype of
-the tensors, with 16 multiplications for the 36 of the definition, or with 9 for a picture that is doubled first.
+"""3 x 3 convolutions on the CPU by Winograd (Lavin & Gray 2016), in float32 whatever the dtype of the tensors.
 
-Its error is about that of oneDNN's own convolution. But an infinity in x, like one that a sum overflows to, comes out
-as NaN in some of the pixels that see it: differences of infinities are taken on the way.
+In tiles of 2 x 2 pixels it takes 16 multiplications for the 36 of the definition, or 9 for a picture that is doubled
+first, with about the error of oneDNN's own convolution. In tiles of 4 x 4 it takes 36 for 144, or 25, and its error,
+ten times as large, is still far below what 16-bit tensors can tell.
+
+An infinity in x, like one that a sum overflows to, comes out as NaN in some of the pixels that see it: differences of
+infinities are taken on the way. In tiles of 4 x 4, what is not finite reaches the pixels of the tiles that see it, and
+a pixel far larger than its neighbours costs them digits: a millionth of it.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffkern.layout import is_dense
-from diffkern.packing import packed
+from diffkern.packing import compute_dtype, packed
 
 
 @functools.cache
@@ -21,27 +25,41 @@ def _measured() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def pays(weight: Tensor, stride: int, sides: tuple[int, ...], upsample: bool, size: tuple[int, int]) -> bool:
-    """Whether this is a convolution that Winograd's way computes, and faster than oneDNN. size: H' and W'. The batch
-    has no say: a sample alone must come out as it does in a batch."""
+def tile(
+    weight: Tensor, stride: int, sides: tuple[int, ...], upsample: bool, size: tuple[int, int], dtype: torch.dtype
+) -> int:
+    """The pixels on a side of a tile, 2 or 4, with which Winograd's way computes this convolution faster than oneDNN
+    does in `compute_dtype`, or 0 where it does not. size: H' and W'. The batch has no say: a sample alone must come out
+    as it does in a batch."""
     n, channels, *kernel = weight.shape
     if kernel != [3, 3] or stride != 1 or (upsample and sides != (1, 1, 1, 1)):
-        return False
+        return 0
     # Below 32 channels the transforms take longer than the products that they save. Below 4 x 4 pixels most of what is
     # computed lies outside the picture, and reading the weights takes the time: they are 16/9 as large.
     # For few results of many channels too, the transforms are most of the work.
-    return _measured() and channels >= 32 and min(size) >= 4 and (n > 16 or channels <= 128)
+    if not _measured() or channels < 32 or min(size) < 4 or (n <= 16 and channels > 128):
+        return 0
+    if dtype == torch.float32:
+        return 2
+    # Weights of 4 x 4 tiles are 36 float32 for 9 numbers. They are read once for a block of tiles: that pays if they
+    # stay in the cache, or if there are many tiles.
+    if min(size) >= 8 and (n * channels <= 1 << 17 or size[0] * size[1] >= 1024):
+        return 0 if torch.cpu._is_amx_tile_supported() else 4
+    return 2 if compute_dtype(dtype, convolution=True) == torch.float32 else 0
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, ...], add: Tensor | None,
-    residual: Tensor | None, silu: bool, upsample: bool,
+    residual: Tensor | None, silu: bool, upsample: bool, pixels: int,
 ) -> Tensor:  # fmt: skip
-    """The arguments of diffkern.conv2d, x and residual channels_last. Returns [B, N, H', W'], channels_last."""
+    """The arguments of diffkern.conv2d, x and residual channels_last, in tiles of `pixels` x `pixels`, 2 or 4. Returns
+    [B, N, H', W'], channels_last."""
     copy = packed(
         weight,
-        ("winograd", upsample),
-        lambda: torch.ops.diffkern_C.winograd_weight(weight if is_dense(weight) else weight.contiguous(), upsample),
+        ("winograd", upsample, pixels),
+        lambda: torch.ops.diffkern_C.winograd_weight(
+            weight if is_dense(weight) else weight.contiguous(), upsample, pixels
+        ),
     )
     bias, add = (None if t is None else t.contiguous() for t in (bias, add))
-    return torch.ops.diffkern_C.winograd(x, copy, len(weight), sides, bias, add, silu, residual, upsample)
+    return torch.ops.diffkern_C.winograd(x, copy, len(weight), sides, bias, add, silu, residual, upsample, pixels)

@@ -36,15 +36,15 @@ struct Data {
   T* out;
 };
 
-// Does blocks of tiles, in one thread. V: vectors in a panel.
-template <class T, int P, int V>
+// Does blocks of tiles, in one thread. F: the form. V: vectors in a panel.
+template <class T, class F, int V>
 class Worker {
  public:
   Worker(const Problem& p, const Data<T>& data)
       : p_(p), data_(data), panels_(p.results), step_(p.depths() * p.block * kDepth + 16),
         sum_step_(p.block * kWidth + 16), room_(room()),
-        points_(room_.take(P * P * step_)), sums_(room_.take(kPanels * P * P * sum_step_)),
-        pixels_(room_.take(P * P * kDepth)), zeros_(room_.take(kDepth)) {
+        points_(room_.take(F::kArea * step_)), sums_(room_.take(kPanels * F::kArea * sum_step_)),
+        pixels_(room_.take(kPixels * kDepth)), zeros_(room_.take(kDepth)) {
     std::fill_n(zeros_, kDepth, 0.0f);
   }
 
@@ -58,46 +58,46 @@ class Worker {
         read(first + t, points_ + t * kDepth);
       }
     }
-    for (int64_t point = 0; point < P * P; ++point) {
+    for (int64_t point = 0; point < F::kArea; ++point) {
       for (int64_t i = 0; i < panels; ++i) {
-        const float* weight = data_.weight + panels_.at(panel + i, point, P * P, p_.channels);
+        const float* weight = data_.weight + panels_.at(panel + i, point, F::kArea, p_.channels);
         for (int64_t d = 0; d < p_.depths(); ++d) {
           product<V>(tiles, points_ + point * step_ + d * p_.block * kDepth, weight + d * kDepth * kWidth,
-                     std::min(kDepth, p_.channels - d * kDepth), d == 0, sums_ + (i * P * P + point) * sum_step_);
+                     std::min(kDepth, p_.channels - d * kDepth), d == 0, sums_ + (i * F::kArea + point) * sum_step_);
         }
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
       for (int64_t i = 0; i < panels; ++i) {
-        write(first + t, (panel + i) * kWidth, sums_ + i * P * P * sum_step_ + t * kWidth);
+        write(first + t, (panel + i) * kWidth, sums_ + i * F::kArea * sum_step_ + t * kWidth);
       }
     }
   }
 
  private:
   static constexpr int64_t kWidth = V * kLanes;
+  static constexpr int kPixels = F::kPatch * F::kPatch;
 
-  int64_t room() const { return P * P * step_ + kPanels * P * P * sum_step_ + (P * P + 1) * kDepth; }
+  int64_t room() const { return F::kArea * (step_ + kPanels * sum_step_) + (kPixels + 1) * kDepth; }
 
   // The points of a tile's patch.
   void read(int64_t tile, float* out) {
     const int64_t column = tile % p_.tile_columns, row = tile / p_.tile_columns % p_.tile_rows;
     const int64_t sample = tile / p_.tile_columns / p_.tile_rows;
-    constexpr int64_t kStep = P == 4 ? 2 : 1;
-    const int64_t y = row * kStep - p_.top, x = column * kStep - p_.left;
-    const T* pixel[P * P];
-    for (int i = 0; i < P * P; ++i) {
-      const int64_t at_y = y + i / P, at_x = x + i % P;
+    const int64_t y = row * F::kStep - p_.top, x = column * F::kStep - p_.left;
+    std::array<const T*, kPixels> pixel;
+    for (int i = 0; i < kPixels; ++i) {
+      const int64_t at_y = y + i / F::kPatch, at_x = x + i % F::kPatch;
       const bool inside = at_y >= 0 && at_y < p_.height && at_x >= 0 && at_x < p_.width;
       pixel[i] = inside ? data_.x + ((sample * p_.height + at_y) * p_.width + at_x) * p_.channels : nullptr;
     }
     for (int64_t d = 0; d < p_.depths(); ++d) {
       const int64_t n = std::min(kDepth, p_.channels - d * kDepth);
-      const float* from[P * P];
-      for (int i = 0; i < P * P; ++i) {
+      std::array<const float*, kPixels> from;
+      for (int i = 0; i < kPixels; ++i) {
         from[i] = pixel[i] == nullptr ? zeros_ : whole(pixel[i] + d * kDepth, n, pixels_ + i * kDepth);
       }
-      transform<P>(from, n, out + d * p_.block * kDepth, step_);
+      transform<F>(from, n, out + d * p_.block * kDepth, step_);
     }
   }
 
@@ -112,33 +112,37 @@ class Worker {
 
   // The pixels of a tile, a panel of results from `first` on.
   void write(int64_t tile, int64_t first, const float* sums) {
-    const int64_t column = tile % p_.tile_columns * 2, row = tile / p_.tile_columns % p_.tile_rows * 2;
+    constexpr int kPoints = F::kPoints, kSide = F::kPixels;
+    const int64_t column = tile % p_.tile_columns * kSide, row = tile / p_.tile_columns % p_.tile_rows * kSide;
     const int64_t sample = tile / p_.tile_columns / p_.tile_rows;
     const float* shift = data_.shift + sample * data_.shift_stride + first;
-    alignas(64) float pixel[4][kWidth];
+    alignas(64) float pixel[kSide * kSide][kWidth];
 #pragma GCC unroll 2
     for (int64_t v = 0; v < kWidth; v += kLanes) {
-      Vector x[P * P], half[2 * P], y[4];
-#pragma GCC unroll 16
-      for (int i = 0; i < P * P; ++i) {
-        x[i] = vector(sums + i * sum_step_ + v);
+      const Vector rest = *reinterpret_cast<const LooseVector*>(shift + v);
+      Vector half[kSide * kPoints];  // pixels of each column of points
+#pragma GCC unroll 6
+      for (int i = 0; i < kPoints; ++i) {
+        Vector x[kPoints];
+#pragma GCC unroll 6
+        for (int j = 0; j < kPoints; ++j) {
+          x[j] = vector(sums + (j * kPoints + i) * sum_step_ + v);
+        }
+        leave(F{}, x, 1, half + i, kPoints);
       }
 #pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) {
-        leave<P>(x + i, P, half[i], half[P + i]);
-      }
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        leave<P>(half + i * P, 1, y[2 * i], y[2 * i + 1]);
-      }
+      for (int i = 0; i < kSide; ++i) {
+        Vector y[kSide];
+        leave(F{}, half + i * kPoints, 1, y, 1);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        vector(pixel[i] + v) = y[i] + *reinterpret_cast<const LooseVector*>(shift + v);
+        for (int j = 0; j < kSide; ++j) {
+          vector(pixel[i * kSide + j] + v) = y[j] + rest;
+        }
       }
     }
     const int64_t n = std::min(kWidth, p_.results - first);
-    for (int i = 0; i < 4; ++i) {
-      const int64_t at_y = row + i / 2, at_x = column + i % 2;
+    for (int i = 0; i < kSide * kSide; ++i) {
+      const int64_t at_y = row + i / kSide, at_x = column + i % kSide;
       if (at_y < p_.out_height && at_x < p_.out_width) {
         const int64_t at = ((sample * p_.out_height + at_y) * p_.out_width + at_x) * p_.results + first;
         const T* residual = data_.residual == nullptr ? nullptr : data_.residual + at;
@@ -174,12 +178,12 @@ class Worker {
   float *points_, *sums_, *pixels_, *zeros_;
 };
 
-template <class T, int P, int V>
+template <class T, class F, int V>
 void run(const Problem& p, const Data<T>& data) {
   const int64_t blocks = (p.tiles() + p.block - 1) / p.block, groups = Panels(p.results).groups();
-  const int64_t work = p.block * kPanels * V * kLanes * P * P * p.channels;
+  const int64_t work = p.block * kPanels * V * kLanes * F::kArea * p.channels;
   torch::stable::parallel_for(0, blocks * groups, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
-    Worker<T, P, V> worker(p, data);
+    Worker<T, F, V> worker(p, data);
     for (int64_t i = begin; i < end; ++i) {
       worker.run(i / groups, i % groups);
     }
@@ -214,21 +218,22 @@ std::vector<float> shifts(const Problem& p, const std::optional<Tensor>& bias, c
 
 Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vector<int64_t> padding,
                 const std::optional<Tensor>& bias, const std::optional<Tensor>& add, bool silu,
-                const std::optional<Tensor>& residual, bool upsample) {
+                const std::optional<Tensor>& residual, bool upsample, int64_t pixels) {
+  check(pixels == 2 || pixels == 4, kOp, ": pixels must be 2 or 4, got ", pixels);
   check(is_channels_last(x), kOp, ": x must be channels_last [B, C, H, W], got ", shape_of(x));
   check(padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0, kOp,
         ": padding must be four numbers, 0 and above");
   check(!upsample || padding == std::vector<int64_t>(4, 1), kOp, ": the padding of a doubled picture must be 1");
-  const int64_t scale = upsample ? 2 : 1, points = upsample ? 9 : 16;
+  const int64_t scale = upsample ? 2 : 1;
   Problem p{x.size(0), x.size(2), x.size(3), x.size(1), results, 0, 0, padding[2], padding[0], 0, 0, 0, silu};
   p.out_height = p.height * scale + padding[2] + padding[3] - 2;
   p.out_width = p.width * scale + padding[0] + padding[1] - 2;
-  p.tile_rows = (p.out_height + 1) / 2, p.tile_columns = (p.out_width + 1) / 2;
+  p.tile_rows = (p.out_height + pixels - 1) / pixels, p.tile_columns = (p.out_width + pixels - 1) / pixels;
   check(results >= 1 && p.channels >= 1 && p.out_height >= 1 && p.out_width >= 1, kOp, ": nothing to convolve in ",
         shape_of(x));
   const Panels panels(results);
   check(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() &&
-            weight.numel() == panels.size(points, p.channels),
+            weight.numel() == panels.size(area(pixels, upsample), p.channels),
         kOp, ": weight was packed for another shape");
   using torch::headeronly::MemoryFormat;
   const std::vector<int64_t> shape = {p.batch, results, p.out_height, p.out_width};
@@ -253,11 +258,9 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
     const Data<T> data{static_cast<const T*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
                        shift.data(), add ? width : 0,
                        residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, data_of<T>(out)};
-    if (upsample) {
-      results <= kLanes ? run<T, 3, 1>(p, data) : run<T, 3, 2>(p, data);
-    } else {
-      results <= kLanes ? run<T, 4, 1>(p, data) : run<T, 4, 2>(p, data);
-    }
+    with_form(pixels, upsample, [&]<class F>() {
+      results <= kLanes ? run<T, F, 1>(p, data) : run<T, F, 2>(p, data);
+    });
   });
   return out;
 }
@@ -267,7 +270,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
 STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
   m.def(
       "winograd(Tensor x, Tensor weight, SymInt results, SymInt[] padding, Tensor? bias, Tensor? add, bool silu, "
-      "Tensor? residual, bool upsample) -> Tensor");
+      "Tensor? residual, bool upsample, int pixels) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("winograd", TORCH_BOX(&winograd)); }

@@ -1,10 +1,10 @@
-// Winograd's F(2 x 2, 3 x 3) (Lavin & Gray 2016): its transforms, its product, and the order of its weights.
+// Winograd's F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) (Lavin & Gray 2016): their transforms, their product, and the order of
+// their weights.
 //
-// A tile is 2 x 2 pixels of the result. It sees a patch of P x P pixels, which a transform turns into P x P points:
-// sums and differences of pixels. At each point the sum over channels is a matrix product, of tiles and weights; a
-// second transform makes pixels of its results. P is 4: 16 multiplications for the 36 of the definition. Of a doubled
-// picture it is 3: the two rows in the middle of a patch are equal, so are the columns, and one line of points in four
-// would be zero; that leaves 9 multiplications.
+// A tile is M x M pixels of the result. It sees a patch of pixels, which a transform turns into points: sums and
+// differences of pixels. At each point the sum over channels is a matrix product, of tiles and weights; a second
+// transform makes pixels of its results. Of a doubled picture, lines of the patch are equal in pairs: it is read once,
+// and one line of points would be zero and is left out.
 #pragma once
 
 #include "vector.h"
@@ -40,53 +40,117 @@ struct Panels {
   }
 };
 
-// A line of a patch to a line of points, in place.
-template <int P>
-void enter(Vector* x, int step) {
-  const Vector a = x[0], b = x[step], c = x[2 * step];
-  if constexpr (P == 4) {
-    x[3 * step] = b - x[3 * step];
-    x[0] = a - c;
-    x[step] = b + c;
-    x[2 * step] = c - b;
-  } else {
-    x[0] = a - b;
-    x[2 * step] = b - c;
+// M x M pixels at a time, of a picture as it is or doubled. Multiplications of a channel, for those of the definition:
+// 16 for 36 and 36 for 144; doubled 9 for 36 and 25 for 144.
+template <int M, bool kDoubled>
+struct Form {
+  static constexpr int kPixels = M;                                      // of a line of a tile
+  static constexpr int kPatch = kDoubled ? M / 2 + 2 : M + 2;            // of a line that it is made from
+  static constexpr int kPoints = kDoubled ? M + 1 : M + 2;               // on a line
+  static constexpr int kStep = kDoubled ? M / 2 : M;                     // from patch to patch
+  static constexpr int kArea = kPoints * kPoints;
+};
+
+// f.operator()<Form>() with the form of tiles of `pixels` x `pixels`, 2 or 4.
+template <class F>
+auto with_form(int64_t pixels, bool doubled, F f) {
+  if (pixels == 2) {
+    return doubled ? f.template operator()<Form<2, true>>() : f.template operator()<Form<2, false>>();
   }
+  return doubled ? f.template operator()<Form<4, true>>() : f.template operator()<Form<4, false>>();
 }
 
-// A line of points to two pixels.
-template <int P>
-void leave(const Vector* x, int step, Vector& first, Vector& second) {
-  if constexpr (P == 4) {
-    first = x[0] + x[step] + x[2 * step];
-    second = x[step] - x[2 * step] - x[3 * step];
-  } else {
-    first = x[0] + x[step];
-    second = x[step] - x[2 * step];
-  }
+// Points of a tile.
+inline int64_t area(int64_t pixels, bool doubled) {
+  return with_form(pixels, doubled, []<class F>() -> int64_t { return F::kArea; });
+}
+
+// A line of a patch to a line of points.
+inline void enter(Form<2, false>, const Vector* x, int step, Vector* out, int to) {
+  out[0] = x[0] - x[2 * step];
+  out[to] = x[step] + x[2 * step];
+  out[2 * to] = x[2 * step] - x[step];
+  out[3 * to] = x[step] - x[3 * step];
+}
+
+inline void enter(Form<2, true>, const Vector* x, int step, Vector* out, int to) {
+  out[0] = x[0] - x[step];
+  out[to] = x[step];
+  out[2 * to] = x[step] - x[2 * step];
+}
+
+inline void enter(Form<4, false>, const Vector* x, int step, Vector* out, int to) {
+  const Vector a = x[0], b = x[step], c = x[2 * step], d = x[3 * step], e = x[4 * step], f = x[5 * step];
+  const Vector even = e - 4 * c, odd = d - 4 * b, far = e - c, twice = 2 * (d - b);
+  out[0] = 4 * a - 5 * c + e;
+  out[to] = even + odd;
+  out[2 * to] = even - odd;
+  out[3 * to] = far + twice;
+  out[4 * to] = far - twice;
+  out[5 * to] = 4 * b - 5 * d + f;
+}
+
+// The above of a, b, b, c, c, d: the third point is zero, and the two after it are multiples of one difference.
+inline void enter(Form<4, true>, const Vector* x, int step, Vector* out, int to) {
+  const Vector a = x[0], b = x[step], c = x[2 * step], d = x[3 * step];
+  out[0] = 4 * a - 5 * b + c;
+  out[to] = 2 * c - 8 * b;
+  out[2 * to] = 3 * (c - b);
+  out[3 * to] = b - c;
+  out[4 * to] = 4 * b - 5 * c + d;
+}
+
+// A line of points to pixels.
+inline void leave(Form<2, false>, const Vector* x, int step, Vector* out, int to) {
+  out[0] = x[0] + x[step] + x[2 * step];
+  out[to] = x[step] - x[2 * step] - x[3 * step];
+}
+
+inline void leave(Form<2, true>, const Vector* x, int step, Vector* out, int to) {
+  out[0] = x[0] + x[step];
+  out[to] = x[step] - x[2 * step];
+}
+
+inline void leave(Form<4, false>, const Vector* x, int step, Vector* out, int to) {
+  const Vector even = x[step] + x[2 * step], odd = x[step] - x[2 * step];
+  const Vector far = x[3 * step] + x[4 * step], twice = 2 * (x[3 * step] - x[4 * step]);
+  out[0] = x[0] + even + far;
+  out[to] = odd + twice;
+  out[2 * to] = even + 4 * far;
+  out[3 * to] = odd + 4 * twice + x[5 * step];
+}
+
+inline void leave(Form<4, true>, const Vector* x, int step, Vector* out, int to) {
+  const Vector far = x[2 * step] + x[3 * step], twice = 2 * (x[2 * step] - x[3 * step]);
+  out[0] = x[0] + x[step] + far;
+  out[to] = x[step] + twice;
+  out[2 * to] = x[step] + 4 * far;
+  out[3 * to] = x[step] + 4 * twice + x[4 * step];
 }
 
 // n channels of the pixels of a patch to its points, which lie `step` apart.
-template <int P>
-void transform(const float* const (&pixel)[P * P], int64_t n, float* out, int64_t step) {
+template <class F, size_t N>
+void transform(const std::array<const float*, N>& pixel, int64_t n, float* out, int64_t step) {
+  constexpr int kPatch = F::kPatch, kPoints = F::kPoints;
   for (int64_t c = 0; c < n; c += kLanes) {
-    Vector x[P * P];
-#pragma GCC unroll 16
-    for (int i = 0; i < P * P; ++i) {
-      x[i] = *reinterpret_cast<const LooseVector*>(pixel[i] + c);
+    Vector half[kPatch * kPoints];  // a row of points of each column of the patch
+#pragma GCC unroll 6
+    for (int i = 0; i < kPatch; ++i) {
+      Vector x[kPatch];
+#pragma GCC unroll 6
+      for (int j = 0; j < kPatch; ++j) {
+        x[j] = *reinterpret_cast<const LooseVector*>(pixel[j * kPatch + i] + c);
+      }
+      enter(F{}, x, 1, half + i, kPatch);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) {
-      enter<P>(x + i, P);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) {
-      enter<P>(x + i * P, 1);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < P * P; ++i) {
-      vector(out + i * step + c) = x[i];
+#pragma GCC unroll 6
+    for (int i = 0; i < kPoints; ++i) {
+      Vector y[kPoints];
+      enter(F{}, half + i * kPatch, 1, y, 1);
+#pragma GCC unroll 6
+      for (int j = 0; j < kPoints; ++j) {
+        vector(out + (i * kPoints + j) * step + c) = y[j];
+      }
     }
   }
 }

@@ -10,18 +10,35 @@ namespace {
 constexpr const char* kOp = "diffkern::winograd_weight";
 constexpr int64_t kChannels = 16;  // that are brought together at once
 
-// Three numbers of a line of the kernel at three or four points, `step` apart.
-template <int P>
-inline void line(double a, double b, double c, double* out, int64_t step) {
+// Three numbers of a line of the kernel at its points, `step` apart.
+inline void line(Form<2, false>, double a, double b, double c, double* out, int64_t step) {
   out[0] = a;
-  if constexpr (P == 4) {
-    out[step] = (a + b + c) / 2;
-    out[2 * step] = (a - b + c) / 2;
-    out[3 * step] = c;
-  } else {
-    out[step] = a + b + c;
-    out[2 * step] = c;
-  }
+  out[step] = (a + b + c) / 2;
+  out[2 * step] = (a - b + c) / 2;
+  out[3 * step] = c;
+}
+
+inline void line(Form<2, true>, double a, double b, double c, double* out, int64_t step) {
+  out[0] = a;
+  out[step] = a + b + c;
+  out[2 * step] = c;
+}
+
+inline void line(Form<4, false>, double a, double b, double c, double* out, int64_t step) {
+  out[0] = a / 4;
+  out[step] = -(a + b + c) / 6;
+  out[2 * step] = -(a - b + c) / 6;
+  out[3 * step] = (a + 2 * b + 4 * c) / 24;
+  out[4 * step] = (a - 2 * b + 4 * c) / 24;
+  out[5 * step] = c;
+}
+
+inline void line(Form<4, true>, double a, double b, double c, double* out, int64_t step) {
+  out[0] = a / 4;
+  out[step] = -(a + b + c) / 6;
+  out[2 * step] = (a + 2 * b + 4 * c) / 24;
+  out[3 * step] = (a - 2 * b + 4 * c) / 24;
+  out[4 * step] = c;
 }
 
 // Some channels of a panel: [channels, 9, width], results side by side, and zeros behind the last.
@@ -47,11 +64,12 @@ void gather(const T* weight, bool channels_last, int64_t results, int64_t channe
 }
 
 // One panel, computed in float64 and rounded once.
-template <int P, int64_t kWidth, class T>
+template <class F, int64_t kWidth, class T>
 void fill(const T* weight, bool channels_last, int64_t results, int64_t channels, const Panels& panels, int64_t panel,
           float* out) {
+  constexpr int kPoints = F::kPoints;
   float kernel[kChannels * 9 * kWidth];
-  double half[3 * P * kWidth], whole[P * P * kWidth];
+  double half[3 * kPoints * kWidth], whole[F::kArea * kWidth];
   const int64_t begin = panel * kWidth, count = std::min(kWidth, results - begin);
   for (int64_t c = 0; c < channels; ++c) {
     if (c % kChannels == 0) {
@@ -60,16 +78,16 @@ void fill(const T* weight, bool channels_last, int64_t results, int64_t channels
     }
     const float* g = kernel + c % kChannels * 9 * kWidth;
     for (int64_t i = 0; i < 3 * kWidth; ++i) {
-      line<P>(g[i], g[i + 3 * kWidth], g[i + 6 * kWidth], half + i, 3 * kWidth);
+      line(F{}, g[i], g[i + 3 * kWidth], g[i + 6 * kWidth], half + i, 3 * kWidth);
     }
-    for (int64_t j = 0; j < P; ++j) {
+    for (int64_t j = 0; j < kPoints; ++j) {
       const double* row = half + 3 * j * kWidth;
       for (int64_t i = 0; i < kWidth; ++i) {
-        line<P>(row[i], row[i + kWidth], row[i + 2 * kWidth], whole + j * P * kWidth + i, kWidth);
+        line(F{}, row[i], row[i + kWidth], row[i + 2 * kWidth], whole + j * kPoints * kWidth + i, kWidth);
       }
     }
-    for (int64_t point = 0; point < P * P; ++point) {
-      float* to = out + panels.at(panel, point, P * P, channels) + c * kWidth;
+    for (int64_t point = 0; point < F::kArea; ++point) {
+      float* to = out + panels.at(panel, point, F::kArea, channels) + c * kWidth;
       for (int64_t i = 0; i < kWidth; ++i) {
         to[i] = static_cast<float>(whole[point * kWidth + i]);
       }
@@ -77,29 +95,25 @@ void fill(const T* weight, bool channels_last, int64_t results, int64_t channels
   }
 }
 
-template <class T>
-auto fill_of(bool upsample, int64_t width) {
-  if (width == kLanes) {
-    return upsample ? fill<3, kLanes, T> : fill<4, kLanes, T>;
-  }
-  return upsample ? fill<3, 2 * kLanes, T> : fill<4, 2 * kLanes, T>;
-}
-
-// weight: [N, C, 3, 3], contiguous or channels_last. Returns a vector in the order of `Panels`, float32. upsample: for doubled pictures.
-Tensor winograd_weight(const Tensor& weight, bool upsample) {
+// weight: [N, C, 3, 3], contiguous or channels_last. Returns a vector in the order of `Panels`, float32. upsample:
+// for doubled pictures. pixels: 2 or 4, of a line of a tile.
+Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
+  check(pixels == 2 || pixels == 4, kOp, ": pixels must be 2 or 4, got ", pixels);
   const bool channels_last = weight.dim() == 4 && !weight.is_contiguous() && is_channels_last(weight);
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && (weight.is_contiguous() || channels_last),
         kOp, ": weight must be [N, C, 3, 3], contiguous or channels_last, got ", shape_of(weight));
   const int64_t results = weight.size(0), channels = weight.size(1);
   const Panels panels(results);
-  Tensor out = torch::stable::empty({panels.size(upsample ? 9 : 16, channels)}, ScalarType::Float);
+  Tensor out = torch::stable::empty({panels.size(area(pixels, upsample), channels)}, ScalarType::Float);
   with_dtype(kOp, weight.scalar_type(), [&]<class T>(T*) {
     const T* from = static_cast<const T*>(weight.const_data_ptr());
-    torch::stable::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
-      const auto one = fill_of<T>(upsample, panels.width);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        one(from, channels_last, results, channels, panels, panel, data_of<float>(out));
-      }
+    with_form(pixels, upsample, [&]<class F>() {
+      const auto one = panels.width == kLanes ? fill<F, kLanes, T> : fill<F, 2 * kLanes, T>;
+      torch::stable::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          one(from, channels_last, results, channels, panels, panel, data_of<float>(out));
+        }
+      });
     });
   });
   return out;
@@ -107,7 +121,7 @@ Tensor winograd_weight(const Tensor& weight, bool upsample) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) { m.def("winograd_weight(Tensor weight, bool upsample) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) { m.def("winograd_weight(Tensor weight, bool upsample, int pixels) -> Tensor"); }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("winograd_weight", TORCH_BOX(&winograd_weight)); }
 

@@ -119,9 +119,9 @@ def _(
     layout, dtype, given = memory_format(x), compute_dtype(x.dtype, convolution=True), x.dtype
     left, right, top, bottom = sides = _sides(padding, weight)
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    if dtype == torch.float32 and winograd.pays(weight, stride, sides, upsample, (shape[2], shape[3])):
+    if pixels := winograd.tile(weight, stride, sides, upsample, (shape[2], shape[3]), given):
         x = x.contiguous(memory_format=torch.channels_last)
-        y = winograd.convolve(x, weight, bias, sides, add, residual, activation == "silu", upsample)
+        y = winograd.convolve(x, weight, bias, sides, add, residual, activation == "silu", upsample, pixels)
         return y.contiguous(memory_format=layout)
     quarters = upsample and stride == 1 and sides == (1, 1, 1, 1) and tuple(weight.shape[2:]) == (3, 3)
     if upsample and not quarters:
@@ -275,6 +275,11 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("Winograd, one side padded", (2, 32, 5, 6), 18, padding=[0, 1, 2, 0], extras="add")
     yield sample("Winograd, many blocks and panels", (3, 66, 16, 13), 161)
     yield sample("Winograd, far from zero", (2, 64, 6, 6), 24, far=100.0)
+    # In 16 bits these are computed in tiles of 4 x 4; pictures that tiles do not divide, a last panel that is not full.
+    yield sample("Winograd, 4 x 4", (2, 70, 9, 11), 37, extras=everything, activation="silu")
+    yield sample("Winograd, 4 x 4, upsample", (2, 34, 5, 7), 35, extras=everything, activation="silu", upsample=True)
+    yield sample("Winograd, 4 x 4, one side padded", (2, 32, 9, 10), 18, padding=[0, 1, 2, 0], extras="add")
+    yield sample("Winograd, 4 x 4, many blocks and panels", (3, 66, 16, 33), 161)
     yield sample("Winograd, upsample", (2, 34, 4, 5), 35, extras=everything, activation="silu", upsample=True)
     yield sample("no sample", (0, 3, 5, 5), 4, extras=everything)
     yield sample("CIFAR UNet 16x16", (8, 256, 16, 16), 256, extras="bias residual", workload=True)
