@@ -242,7 +242,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale
   check_like("v", v, q, k.size(1));
   const Problem p{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), static_cast<float>(scale)};
   const Mask what = mask_of(mask, p, q.scalar_type());
-  Tensor out = torch::stable::empty({p.batch, p.queries, p.heads * p.dim}, q.scalar_type());
+  Tensor out = empty({p.batch, p.queries, p.heads * p.dim}, q.scalar_type());
   with_dtype(kOp, q.scalar_type(), [&]<class T>(T*) {
     run(p, View<T>(q), View<T>(k), View<T>(v), what, data_of<T>(out));
   });

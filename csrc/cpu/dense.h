@@ -2,9 +2,8 @@
 #pragma once
 
 #include "../common/dtype.h"
+#include "empty.h"
 #include "noise.h"
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
@@ -66,12 +65,10 @@ const T* data_like(const char* op, const char* name, const Tensor& t, ScalarType
 inline Tensor empty_as(const Tensor& like, ScalarType dtype, int64_t batch) {
   std::vector<int64_t> size(like.sizes().begin(), like.sizes().end());
   size[0] = batch;
-  using torch::headeronly::MemoryFormat;
-  const auto format = like.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
-  return torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+  return empty(size, dtype, !like.is_contiguous());
 }
 
-inline Tensor no_elements(ScalarType dtype) { return torch::stable::empty({0}, dtype); }
+inline Tensor no_elements(ScalarType dtype) { return empty({0}, dtype); }
 
 template <class T>
 T* data_of(const Tensor& t) {

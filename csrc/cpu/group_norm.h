@@ -291,9 +291,7 @@ Source<T> source_of(const char* op, const GroupNorm& p, const Tensor& x, const M
 inline Tensor empty_result(const Tensor& x, const GroupNorm& p) {
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size[1] = p.channels;
-  using torch::headeronly::MemoryFormat;
-  const auto format = x.is_contiguous() ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
-  return torch::stable::empty(size, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
+  return empty(size, x.scalar_type(), !x.is_contiguous());
 }
 
 }  // namespace diffkern

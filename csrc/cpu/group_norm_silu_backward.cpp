@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor> group_norm_silu_backward(const Tensor& x, const Tenso
                                                     bool silu, const MaybeTensor& add, const MaybeTensor& scale,
                                                     const MaybeTensor& shift, const MaybeTensor& skip) {
   const GroupNorm p = group_norm(kOp, x, num_groups, weight, bias, eps, scale, shift, skip);
-  Tensor dx = empty_result(x, p), sums = torch::stable::empty({p.batch, 3, p.channels}, ScalarType::Float);
+  Tensor dx = empty_result(x, p), sums = empty({p.batch, 3, p.channels}, ScalarType::Float);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
     const Source<T> source = source_of<T>(kOp, p, x, add, skip);
     const T* grad_data = data_like<T>(kOp, "grad", grad, x.scalar_type(), dx, p.batch);

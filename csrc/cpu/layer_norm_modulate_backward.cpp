@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(const Tensor& gr
     factor[i] = w[i % n] * (1.0f + factor[i]);
   }
   Tensor grad_x = empty_as(x, x.scalar_type(), batch);
-  Tensor sum = torch::stable::empty({batch, n}, ScalarType::Float);
-  Tensor sum_normal = torch::stable::empty({batch, n}, ScalarType::Float);
+  Tensor sum = empty({batch, n}, ScalarType::Float);
+  Tensor sum_normal = empty({batch, n}, ScalarType::Float);
   std::vector<float> parts(batch * chunks * 2 * n, 0.0f);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
     const T* in = static_cast<const T*>(x.const_data_ptr());

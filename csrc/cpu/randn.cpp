@@ -17,7 +17,7 @@ Tensor randn(const Tensor& keys, std::vector<int64_t> shape, int64_t draw, Scala
     n *= size;
   }
   shape.insert(shape.begin(), batch);
-  Tensor out = torch::stable::empty(shape, dtype);
+  Tensor out = empty(shape, dtype);
   if (batch * n == 0) {
     return out;
   }

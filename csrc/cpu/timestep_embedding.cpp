@@ -22,7 +22,7 @@ Tensor timestep_embedding(const Tensor& timestep, int64_t dim, bool flip_sin_to_
     const double exponent = static_cast<double>(i) / (static_cast<double>(half) - freq_shift);
     turns[i] = std::exp(-std::log(max_period) * exponent) / 6.283185307179586;
   }
-  Tensor result = torch::stable::empty({batch, dim}, ScalarType::Float);
+  Tensor result = empty({batch, dim}, ScalarType::Float);
   float* out = data_of<float>(result);
   with_dtype(kOp, timestep.scalar_type(), [&]<class T>(T*) {
     const T* times = static_cast<const T*>(timestep.const_data_ptr());

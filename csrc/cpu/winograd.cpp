@@ -235,10 +235,8 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   check(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() &&
             weight.numel() == panels.size(area(pixels, upsample), p.channels),
         kOp, ": weight was packed for another shape");
-  using torch::headeronly::MemoryFormat;
   const std::vector<int64_t> shape = {p.batch, results, p.out_height, p.out_width};
-  Tensor out = torch::stable::empty(shape, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                                    MemoryFormat::ChannelsLast);
+  Tensor out = empty(shape, x.scalar_type(), /*channels_last=*/true);
   check(!residual || (is_channels_last(*residual) && has_shape(*residual, shape) &&
                       residual->scalar_type() == x.scalar_type()),
         kOp, ": residual must have the shape, layout and dtype of the result");

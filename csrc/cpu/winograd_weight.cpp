@@ -104,7 +104,7 @@ Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
         kOp, ": weight must be [N, C, 3, 3], contiguous or channels_last, got ", shape_of(weight));
   const int64_t results = weight.size(0), channels = weight.size(1);
   const Panels panels(results);
-  Tensor out = torch::stable::empty({panels.size(area(pixels, upsample), channels)}, ScalarType::Float);
+  Tensor out = empty({panels.size(area(pixels, upsample), channels)}, ScalarType::Float);
   with_dtype(kOp, weight.scalar_type(), [&]<class T>(T*) {
     const T* from = static_cast<const T*>(weight.const_data_ptr());
     with_form(pixels, upsample, [&]<class F>() {
