@@ -76,9 +76,8 @@ def machine() -> dict[str, Any]:
 
 def folder_name(device: str) -> str:
     """The results folder of this kind of machine."""
-    name = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{doctor.cpu_name()} {torch.get_num_threads()} threads"
-    )
+    cpu = f"{doctor.cpu_name()} {doctor.cpu_instructions()} {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -26,7 +26,9 @@ def load(name: str) -> list[dict[str, Any]]:
 
 def where(machine: dict[str, Any]) -> str:
     devices, versions = machine["devices"], machine["versions"]
-    device = next((v for k, v in devices.items() if k != "cpu"), devices["cpu"].split(",")[0])
+    name, _, instructions = devices["cpu"].split(", ")
+    cpu = f"{name} with {instructions.split()[-1]}"
+    device = next((v for k, v in devices.items() if k != "cpu"), cpu)
     return f"{device}, {machine['threads']} threads, torch {versions['torch']}"
 
 

@@ -39,6 +39,13 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def cpu_instructions() -> str:
+    """The best of the CPU's vector instructions that products can use: what a figure depends on most."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "AVX512_BF16" if torch.cpu._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability()
+
+
 def report() -> dict[str, Any]:
     """Everything that `diffkern doctor` prints. Asking whether a native library is ready builds it if need be."""
     cache = native.cache_folders()[0]
@@ -52,8 +59,7 @@ def report() -> dict[str, Any]:
             **{name: _tool(name) for name in TOOLS},
         },
         "devices": {
-            "cpu": f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
-            f"torch uses {torch.backends.cpu.get_cpu_capability()}",
+            "cpu": f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads, {cpu_instructions()}",
             **{f"cuda:{i}": name for i, name in enumerate(gpus)},
         },
         "backends": {name: availability(name) or "ready" for name in BACKENDS},

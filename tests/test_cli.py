@@ -67,7 +67,8 @@ def test_seed_label_and_guidance_change_the_pictures(draw):
 
     plain = numbers()
     assert np.array_equal(plain, numbers())
-    assert np.array_equal(plain[[0, 3]], numbers("--label", "smileys")[[0, 3]])
+    # The same two pictures, beside others that make for fewer different labels: 1e-4 as in another batch.
+    assert np.abs(plain[[0, 3]] - numbers("--label", "smileys")[[0, 3]]).max() <= 1e-4
     assert not np.allclose(plain[1], numbers("--label", "smileys")[1])
     assert np.array_equal(plain, numbers(*(a for label in LABELS for a in ("--label", label))))
     assert not np.allclose(plain, numbers("--seed", 1))
