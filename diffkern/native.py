@@ -35,18 +35,20 @@ _FLAGS = (
     f"-Wno-unknown-pragmas -DTORCH_TARGET_VERSION={_TORCH_TARGET}"
 )
 _LEVEL_FLAGS = {
+    "x86-64-v4-bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
     "x86-64-v4": "-march=x86-64-v4 -mprefer-vector-width=512",
     "x86-64-v3": "-march=x86-64-v3",
     "x86-64-v2": "-march=x86-64-v2",
     "x86-64": "-march=x86-64",
     "native": "-mcpu=native",  # not x86
 }
-AHEAD_OF_TIME_LEVELS = ("x86-64-v3", "x86-64-v4")
-# The flags of /proc/cpuinfo that a level adds to the one below it (System V psABI, section 3.1.1).
+AHEAD_OF_TIME_LEVELS = ("x86-64-v3", "x86-64-v4", "x86-64-v4-bf16")
+# The flags of /proc/cpuinfo that a level adds to the one below it (System V psABI, section 3.1.1); the best is ours.
 _LEVEL_FEATURES = {
     "x86-64-v2": "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",
     "x86-64-v3": "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave",
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+    "x86-64-v4-bf16": "avx512_bf16",
 }
 
 _reasons: dict[str, str | None] = {}

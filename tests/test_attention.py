@@ -126,27 +126,51 @@ def test_gradients_are_the_references():
 @pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
 @pytest.mark.parametrize("queries", [1, 15, 16, 17, 33, 48, 64, 65, 130])
 @pytest.mark.parametrize("keys", [1, 77, 96, 97, 200])
-def test_blocks_of_every_size(queries, keys):
-    """Vectors of queries that are full or not, and one block of keys or several."""
-    check(diffkern.op.OPS["attention"], "cpu", (*qkv(3, queries, keys, 5, 24), None, None))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_every_size(queries, keys, dtype):
+    """Vectors of queries that are full or not, one block of keys or several, and a last key that has no second one."""
+    check(diffkern.op.OPS["attention"], "cpu", (*qkv(3, queries, keys, 5, 24, dtype), None, None))
 
 
 @pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
-def test_keys_that_are_not_held_in_the_cache_at_once():
+@pytest.mark.parametrize(
+    ("dtype", "around"),  # the limit: of 528 words a key, or of 272 where two numbers are a word
+    [(torch.float32, (490, 510)), (torch.bfloat16, (490, 510)), (torch.bfloat16, (961, 965))],
+)
+def test_keys_that_are_not_held_in_the_cache_at_once(dtype, around):
     """Many and wide keys are gathered a block at a time, few ones once for all queries of a head."""
-    for keys in (490, 510):  # of 528 floats each: on both sides of the limit
-        check(diffkern.op.OPS["attention"], "cpu", (*qkv(1, 70, keys, 1, 512), None, None))
+    for keys in around:
+        check(diffkern.op.OPS["attention"], "cpu", (*qkv(1, 70, keys, 1, 512, dtype), None, None))
+
+
+@pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
+@pytest.mark.parametrize("dim", [8, 9, 31])
+@pytest.mark.parametrize("keys", [5, 96, 97, 191])
+def test_bfloat16_in_pairs(dim, keys):
+    """Every key and every channel counts, and counts once: what the next key or channel holds does not."""
+    q, k, v = qkv(1, 18, keys, 1, dim, torch.bfloat16)
+    for key in (0, 1, keys - 2, keys - 1):
+        only = torch.arange(keys) == key
+        with use_backend("cpu"):
+            assert torch.equal(attention(q, k, v, mask=only), v[0, key].expand(1, 18, 1, dim).flatten(2))
+    for channel in (0, 1, dim - 2, dim - 1):
+        one = torch.zeros_like(q)
+        one[..., channel] = q[..., channel]
+        check(diffkern.op.OPS["attention"], "cpu", (one, k, v, 1.0, None))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_what_is_not_finite_stays_in_its_head(which, value):
-    inputs = qkv()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_in_its_head(which, value, dtype):
+    # bfloat16 rounds to 2^-8: the results, and maybe the weights of values that lie about 1 from their mean.
+    rtol, atol = (2**-7, 2**-8) if dtype == torch.bfloat16 else (1.3e-6, 1e-5)
+    inputs = qkv(dtype=dtype)
     inputs[which][1, 2, 1, 0] = value
     expected = attention.reference(*inputs)
     for backend in (*KERNELS, "reference"):  # PyTorch's own makes zeros of a query of NaN
         with use_backend(backend):
             out = attention(*inputs)
-        torch.testing.assert_close(out, expected, equal_nan=True)
+        torch.testing.assert_close(out, expected, rtol=rtol, atol=atol, equal_nan=True)
         assert out[0].isfinite().all()
         assert out[1, :, :8].isfinite().all()

@@ -204,6 +204,7 @@ def test_threads_build_once(home, loaded, tmp_path, monkeypatch):
 
 
 FLAGS = {
+    "x86-64-v4-bf16": "avx512_bf16",
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
     "x86-64-v3": "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave",
     "x86-64-v2": "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",
@@ -214,10 +215,12 @@ def test_level_is_one_that_the_cpu_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     text = tmp_path / "cpuinfo"
     below = ["x86-64-v2", "x86-64"]
+    v4 = "x86-64-v2 x86-64-v3 x86-64-v4"
     for flags, expected in (
         ("x86-64-v2", below),
         ("x86-64-v2 x86-64-v3", ["x86-64-v3", *below]),
-        ("x86-64-v2 x86-64-v3 x86-64-v4", ["x86-64-v4", "x86-64-v3", *below]),
+        (v4, ["x86-64-v4", "x86-64-v3", *below]),
+        (f"{v4} x86-64-v4-bf16", ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", *below]),
         ("x86-64-v4", ["x86-64"]),  # a level without the one below it does not count
     ):
         text.write_text("processor : 0\nflags : fpu " + " ".join(FLAGS[f] for f in flags.split()) + "\n")

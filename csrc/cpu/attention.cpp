@@ -1,16 +1,18 @@
 // attention, see diffkern/ops/attention.py. Flash attention (Dao et al. 2022): the scores of a block of queries live in
 // the cache, a block of keys at a time, under a running maximum and sum (Milakov & Gimelshein 2018).
 //
-// Queries lie in the lanes of vectors, from their load to the result. So both products are one: rows of numbers (keys,
-// or channels of the values), each broadcast, times a panel of vectors; and the softmax is never a sum across lanes.
+// Queries lie in the lanes of vectors, from their load to the result. So both products are one: rows of words (keys, or
+// channels of the values), each broadcast, times a panel of vectors; and the softmax is never a sum across lanes.
 // What is computed in which order depends on the sample's shape alone: neither threads nor the batch change a bit.
 #include "../common/math.h"
 #include "dense.h"
 #include "mask.h"
+#include "words.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <functional>
 #include <optional>
 
 namespace diffkern {
@@ -18,15 +20,18 @@ namespace {
 
 constexpr const char* kOp = "diffkern::attention";
 constexpr int64_t kQueries = 64;    // in a block
-constexpr int64_t kHeld = 1 << 18;  // floats: the keys of a head, or its values, that stay in a cache
+constexpr int64_t kHeld = 1 << 18;  // words: the keys of a head, or its values, that stay in a cache
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
+static_assert(kKeys % 2 == 0);  // so that only the last key of all can be without a second one in its word
 
 struct Problem {
   int64_t batch, queries, keys, heads, dim;
   float scale;
 
-  // Rows of keys and values lie an odd number of cache lines apart, for a column of them to spread over all cache sets.
-  int64_t row() const { return ((dim + 15) / 16 | 1) * 16; }
+  int64_t row() const { return apart(dim); }
+
+  // Rows of words lie an odd number of cache lines apart, for a column of them to spread over all cache sets.
+  static int64_t apart(int64_t words) { return ((words + 15) / 16 | 1) * 16; }
 };
 
 // [B, S, H, D] with any strides but that of D, which is 1.
@@ -43,14 +48,18 @@ struct View {
 
 // Up to V vectors of queries of one head, and their softmax so far.
 struct Panel {
-  float *query, *out;              // [row(), V kLanes], of which D rows are used
+  float *query, *out;              // rows of V kLanes: words of the query, and the D channels of the result
   float *highest, *total, *decay;  // [V kLanes]
 };
 
-// Scores [keys, V kLanes] to weights, under the highest score so far; `decay` is what that does to earlier weights.
-template <int V>
-void soften(const Panel& p, int64_t keys, float* scores) {
+// Scores [keys, V kLanes] to words of weights, under the highest score so far; `decay` is what that does to earlier
+// weights. Returns the number of rows of words.
+template <class W, int V>
+int64_t soften(const Panel& p, int64_t keys, float* scores) {
   constexpr int64_t kWidth = V * kLanes;
+  for (; keys % W::kNumbers != 0; ++keys) {  // a key that is none weighs nothing
+    std::fill_n(scores + keys * kWidth, kWidth, kNone);
+  }
   float highest[kWidth], shift[kWidth];
   std::copy_n(p.highest, kWidth, highest);
   for (int64_t k = 0; k < keys; ++k) {
@@ -65,27 +74,36 @@ void soften(const Panel& p, int64_t keys, float* scores) {
     p.total[j] *= p.decay[j];
     p.highest[j] = highest[j];
   }
-  float total[kWidth] = {};
-  for (int64_t k = 0; k < keys; ++k) {
-    for (int64_t j = 0; j < kWidth; ++j) {
-      const float weight = fast_exp(scores[k * kWidth + j] - shift[j]);
-      scores[k * kWidth + j] = weight;
-      total[j] += weight;
+  Vector total[V] = {};
+  alignas(sizeof(Vector)) float weights[W::kNumbers * kWidth];
+  for (int64_t k = 0; k < keys; k += W::kNumbers) {
+    for (int64_t i = 0; i < W::kNumbers; ++i) {
+      for (int64_t j = 0; j < kWidth; ++j) {
+        weights[i * kWidth + j] = fast_exp(scores[(k + i) * kWidth + j] - shift[j]);
+      }
+    }
+    for (int64_t v = 0; v < V; ++v) {
+      vector(scores + k / W::kNumbers * kWidth + v * kLanes) = W::join(weights + v * kLanes, kWidth, total[v]);
     }
   }
-  for (int64_t j = 0; j < kWidth; ++j) {
-    p.total[j] += total[j];
+  for (int64_t v = 0; v < V; ++v) {
+    vector(p.total + v * kLanes) += total[v];
   }
+  return keys / W::kNumbers;
 }
 
-template <int V, class Masked>
-void attend(const Problem& p, const Panel& panel, int64_t keys, const float* k, const float* v, float* scores,
-            Masked mask) {
+template <class W, int V, class Masked>
+void attend(const Problem& p, const Panel& panel, int64_t keys, const typename W::Word* k, const typename W::Word* v,
+            float* scores, Masked mask) {
   const auto vectors = [](float* x) { return reinterpret_cast<Vector*>(x); };
-  product<V>(keys, k, p.row(), 1, vectors(panel.query), p.dim, nullptr, vectors(scores));
+  const int64_t words = words_of<W>(p.dim);
+  const auto scaled = [&](Vector& to, Vector sum, int) { to = sum * p.scale; };
+  product<V>(keys, k, p.apart(words), 1, vectors(panel.query), words, scaled, vectors(scores));
   mask();
-  soften<V>(panel, keys, scores);
-  product<V>(p.dim, v, 1, p.row(), vectors(scores), keys, vectors(panel.decay), vectors(panel.out));
+  const int64_t rows = soften<W, V>(panel, keys, scores);
+  const Vector* decay = vectors(panel.decay);
+  const auto added = [&](Vector& to, Vector sum, int v) { to = to * decay[v] + sum; };
+  product<V>(p.dim, v, 1, p.row(), vectors(scores), rows, added, vectors(panel.out));
 }
 
 // The width of the next panel when so many queries are left.
@@ -100,13 +118,18 @@ inline int64_t panel_width(int64_t left) {
 // Does blocks of queries, in one thread.
 template <class T>
 class Worker {
+  using W = Words<T>;
+  using Word = typename W::Word;
+
  public:
   Worker(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, const Mask& mask, T* out)
-      : p_(p), q_(q), k_(k), v_(v), mask_(mask), out_(out), whole_(p.keys * p.row() <= kHeld), room_(room()),
-        query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())), key_(room_.take(held())),
-        value_(room_.take(held())), scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)),
-        total_(room_.take(kQueries)), decay_(room_.take(kQueries)), lines_(room_.take(kVectors * kLanes * p.row())),
-        entries_(room_.take(kLanes * kKeys)) {}
+      : p_(p), q_(q), k_(k), v_(v), mask_(mask), out_(out), key_row_(p.apart(words_of<W>(p.dim))),
+        whole_(p.keys * key_row_ <= kHeld), held_(whole_ ? p.keys : kKeys), room_(room()),
+        query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())),
+        key_(room_.take<Word>(held_ * key_row_)), value_(room_.take<Word>(words_of<W>(held_) * p.row())),
+        scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)),
+        total_(room_.take(kQueries)), decay_(room_.take(kQueries)),
+        lines_(room_.take(kVectors * kLanes * p.row())), entries_(room_.take(kLanes * kKeys)) {}
 
   // The queries of one head from `first` on.
   void run(int64_t b, int64_t h, int64_t first) {
@@ -119,7 +142,7 @@ class Worker {
       load(b, h, first + at, std::min(width, queries - at), width, panel);
     });
     for (int64_t key = 0; key < p_.keys; key += kKeys) {
-      const int64_t keys = std::min(kKeys, p_.keys - key), at = whole_ ? key * p_.row() : 0;
+      const int64_t keys = std::min(kKeys, p_.keys - key), at = whole_ ? key : 0;
       if (!whole_) {
         gather(b, h, key, keys);
       }
@@ -130,7 +153,8 @@ class Worker {
             (mask_.*apply)(b, h, first + query, queries - query, key, keys, width, scores_, entries_);
           }
         };
-        with_vectors(width, [&]<int V>() { attend<V>(p_, panel, keys, key_ + at, value_ + at, scores_, mask); });
+        const Word *k = key_ + at * key_row_, *v = value_ + at / W::kNumbers * p_.row();
+        with_vectors(width, [&]<int V>() { attend<W, V>(p_, panel, keys, k, v, scores_, mask); });
       });
     }
     for_each_panel(queries, [&](int64_t at, int64_t width, const Panel& panel) {
@@ -139,19 +163,20 @@ class Worker {
   }
 
  private:
-  int64_t held() const { return (whole_ ? p_.keys : kKeys) * p_.row(); }
-
   int64_t room() const {
-    return (2 * kQueries + kVectors * kLanes) * p_.row() + 2 * held() + kKeys * (kVectors + 1) * kLanes +
-           3 * kQueries;
+    return (2 * kQueries + kVectors * kLanes + words_of<W>(held_)) * p_.row() + held_ * key_row_ +
+           kKeys * (kVectors + 1) * kLanes + 3 * kQueries;
   }
 
   // Keys and values lie a row here and a row there, often on a page each: they are brought together once for a block of
   // queries, or once for all queries of a head if they then stay in the cache.
   void gather(int64_t b, int64_t h, int64_t first, int64_t keys) {
     for (int64_t j = 0; j < keys; ++j) {
-      widen(k_.at(b, first + j, h), key_ + j * p_.row(), p_.dim);
-      widen(v_.at(b, first + j, h), value_ + j * p_.row(), p_.dim);
+      W::row(k_.at(b, first + j, h), key_ + j * key_row_, p_.dim);
+    }
+    for (int64_t j = 0; j < keys; j += W::kNumbers) {
+      const T* second = j + 1 < keys ? v_.at(b, first + j + 1, h) : nullptr;
+      W::zip(v_.at(b, first + j, h), second, value_ + j / W::kNumbers * p_.row(), p_.dim);
     }
   }
 
@@ -169,11 +194,11 @@ class Worker {
     std::fill_n(panel.out, width * p_.dim, 0.0f);
     for (int64_t j = 0; j < width; ++j) {
       // Lanes that are no query repeat the last one: what they make is not stored.
-      widen(q_.at(b, first + std::min(j, queries - 1), h), lines_ + j * p_.row(), p_.dim);
+      W::row(q_.at(b, first + std::min(j, queries - 1), h), reinterpret_cast<Word*>(lines_ + j * p_.row()), p_.dim);
     }
     for (int64_t j = 0; j < width; j += kLanes) {
-      for (int64_t d = 0; d < p_.dim; d += kLanes) {
-        transpose(lines_ + j * p_.row() + d, p_.row(), panel.query + d * width + j, width, Vector{} + p_.scale);
+      for (int64_t i = 0; i < words_of<W>(p_.dim); i += kLanes) {
+        transpose(lines_ + j * p_.row() + i, p_.row(), panel.query + i * width + j, width, std::identity());
       }
     }
   }
@@ -183,7 +208,7 @@ class Worker {
       const Vector& total = vector(panel.total + j);
       const Vector share = 1.0f / (total == 0.0f ? Vector{} + 1.0f : total);  // no key: the result is zero already
       for (int64_t d = 0; d < p_.dim; d += kLanes) {
-        transpose(panel.out + d * width + j, width, lines_ + d, p_.row(), share);
+        transpose(panel.out + d * width + j, width, lines_ + d, p_.row(), [=](Vector x) { return x * share; });
       }
       for (int64_t i = 0; i < std::min(kLanes, queries - j); ++i) {
         narrow(lines_ + i * p_.row(), out_ + ((b * p_.queries + first + j + i) * p_.heads + h) * p_.dim, p_.dim);
@@ -195,10 +220,13 @@ class Worker {
   const View<T>&q_, &k_, &v_;
   const Mask& mask_;
   T* out_;
-  bool whole_;         // all keys and values of a head are held, those of `head_`
-  int64_t head_ = -1;
+  int64_t key_row_;  // words
+  bool whole_;       // all keys and values of a head are held, those of `head_`
+  int64_t head_ = -1, held_;
   Room room_;
-  float *query_, *result_, *key_, *value_, *scores_, *highest_, *total_, *decay_, *lines_, *entries_;
+  float *query_, *result_;
+  Word *key_, *value_;
+  float *scores_, *highest_, *total_, *decay_, *lines_, *entries_;
 };
 
 template <class T>

@@ -5,6 +5,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 namespace diffkern {
@@ -72,7 +73,7 @@ struct Mask {
         entries(first + std::min(j + i, queries - 1) * query, key, room + i * kKeys, keys);
       }
       for (int64_t k = 0; k < keys; k += kLanes) {
-        transpose(room + k, kKeys, tile, kLanes, Vector{} + 1.0f);
+        transpose(room + k, kKeys, tile, kLanes, std::identity());
         for (int64_t i = 0; i < std::min(kLanes, keys - k); ++i) {
           Vector& score = vector(scores + (k + i) * width + j);
           score = masked<M>(score, vector(tile + i * kLanes));

@@ -1,5 +1,5 @@
-// A product that keeps its sums in registers: rows of numbers, each broadcast, times a panel of the widest vectors; and
-// the transpose that brings rows into the lanes of such vectors.
+// A product that keeps its sums in registers: rows of words, each broadcast, times a panel of the widest vectors; and
+// the transpose that brings rows into the lanes of such vectors. What a word is says words.h.
 #pragma once
 
 #include "vector.h"
@@ -35,12 +35,13 @@ void transpose(Vector* x, std::integer_sequence<int64_t, kLane...> lanes) {
   }
 }
 
-// A square of kLanes rows, `step` apart, to `out_step` apart and transposed, times a vector of factors before that.
-inline void transpose(float* in, int64_t step, float* out, int64_t out_step, Vector factor) {
+// A square of kLanes rows, `step` apart, to `out_step` apart and transposed, each vector as `f` makes it before that.
+template <class F>
+void transpose(const float* in, int64_t step, float* out, int64_t out_step, F f) {
   Vector x[kLanes];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) {
-    x[i] = vector(in + i * step) * factor;
+    x[i] = f(vector(in + i * step));
   }
   transpose(x, std::make_integer_sequence<int64_t, kLanes>());
 #pragma GCC unroll 16
@@ -49,19 +50,21 @@ inline void transpose(float* in, int64_t step, float* out, int64_t out_step, Vec
   }
 }
 
-// R rows of a product: sum over i < n of left[r * row + i * step] * panel[i]. A panel has V vectors. With `decay` (one
-// panel) the product is added to what is in out times it.
-template <int V, int R>
-void rows(const float* left, int64_t row, int64_t step, const Vector* panel, int64_t n, const Vector* decay,
-          Vector* out) {
+// The product of a word of one float32; words.h has that of others.
+inline void add_product(Vector& sum, float left, const Vector& right) { sum += left * right; }
+
+// R rows of a product: sum over i < n of left[r * row + i * step] * panel[i]. A row of the panel has V vectors, and so has
+// one of `out`: store(to, sum, v) puts a sum into the v-th of them.
+template <int V, int R, class Word, class Store>
+void rows(const Word* left, int64_t row, int64_t step, const Vector* panel, int64_t n, Store store, Vector* out) {
   Vector sum[R][V] = {};
   for (int64_t i = 0; i < n; ++i, left += step, panel += V) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const float scalar = left[r * row];
+      const Word word = left[r * row];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        sum[r][v] += scalar * panel[v];
+        add_product(sum[r][v], word, panel[v]);
       }
     }
   }
@@ -69,24 +72,23 @@ void rows(const float* left, int64_t row, int64_t step, const Vector* panel, int
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Vector& to = out[r * V + v];
-      to = decay ? to * decay[v] + sum[r][v] : sum[r][v];
+      store(out[r * V + v], sum[r][v], v);
     }
   }
 }
 
 // All `count` rows: as many at a time as registers hold, then what is left in powers of two.
-template <int V, int R = V == 1 ? kRegisters / 2 : kRegisters * 3 / 4 / V>
-void product(int64_t count, const float* left, int64_t row, int64_t step, const Vector* panel, int64_t n,
-             const Vector* decay, Vector* out) {
+template <int V, int R = V == 1 ? kRegisters / 2 : kRegisters * 3 / 4 / V, class Word, class Store>
+void product(int64_t count, const Word* left, int64_t row, int64_t step, const Vector* panel, int64_t n, Store store,
+             Vector* out) {
   int64_t r = 0;
   for (; r + R <= count; r += R) {
-    rows<V, R>(left + r * row, row, step, panel, n, decay, out + r * V);
+    rows<V, R>(left + r * row, row, step, panel, n, store, out + r * V);
   }
   if constexpr (R > 1) {
     if (r < count) {
       constexpr int kFewer = R > 8 ? 8 : R > 4 ? 4 : R / 2;
-      product<V, kFewer>(count - r, left + r * row, row, step, panel, n, decay, out + r * V);
+      product<V, kFewer>(count - r, left + r * row, row, step, panel, n, store, out + r * V);
     }
   }
 }

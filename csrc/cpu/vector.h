@@ -26,7 +26,11 @@ class Room {
     next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
   }
 
-  float* take(int64_t floats) { return std::exchange(next_, next_ + (floats + 15) / 16 * 16); }
+  template <class Word = float>
+  Word* take(int64_t words) {
+    static_assert(sizeof(Word) == sizeof(float));
+    return reinterpret_cast<Word*>(std::exchange(next_, next_ + (words + 15) / 16 * 16));
+  }
 
  private:
   std::unique_ptr<float[]> memory_;
