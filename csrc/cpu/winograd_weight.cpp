@@ -1,5 +1,6 @@
 // winograd_weight: the weight of a 3 x 3 convolution at the points of winograd.h, see diffkern/winograd.py.
 #include "dense.h"
+#include "pages.h"
 #include "winograd.h"
 
 #include <torch/csrc/stable/library.h>
@@ -93,6 +94,7 @@ Tensor winograd_weight(const Tensor& weight, bool upsample) {
   const int64_t results = weight.size(0), channels = weight.size(1);
   const Panels panels(results);
   Tensor out = torch::stable::empty({panels.size(upsample ? 9 : 16, channels)}, ScalarType::Float);
+  Pages(data_of<float>(out), out.numel() * sizeof(float)).prefer_huge();
   with_dtype(kOp, weight.scalar_type(), [&]<class T>(T*) {
     const T* from = static_cast<const T*>(weight.const_data_ptr());
     torch::stable::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
