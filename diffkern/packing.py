@@ -9,6 +9,10 @@ It costs the memory of the weights once more: twice that of float16 and bfloat16
 float32. A 3 x 3 convolution by Winograd's way takes 16/9 of it; one that upsamples 1 by Winograd's way, 16/9 by
 oneDNN's. oneDNN's convolutions have a copy for each size of picture they are given. DIFFKERN_PACK=0 keeps no copy at
 all: every call packs anew.
+
+A weight that safetensors maps from its file is only read to be packed. On Linux its memory is then given back: what is
+read of it later comes from the file again. It is compared without reading a value, by whether any of its pages was
+written, which tells every change; one that was written is a weight like all others from then on.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 
 class _Packed(NamedTuple):
     owner: weakref.ref[Tensor]
+    mapping: Tensor | None  # the weight, if it is of a file: no other can come to its address as long as this is kept
     stamp: tuple[int, int]
     copy: Tensor
 
@@ -43,12 +48,20 @@ def packed(weight: Tensor, how: Hashable, pack: Callable[[], Tensor]) -> Tensor:
     else:
         how = (how, weight.storage_offset(), weight.shape, weight.stride())
     key = (id(owner), how)
-    stamp = (weight._version, torch.ops.diffkern_C.fingerprint(weight))
     known = _kept.get(key)
-    if known is None or known.stamp != stamp or known.owner() is not owner:
-        known = _Packed(weakref.ref(owner, lambda _: _kept.pop(key, None)), stamp, pack())
-        _kept[key] = known
-    return known.copy
+    if known is not None and known.owner() is owner and known.stamp == _stamp(weight, known.mapping is not None):
+        return known.copy
+    mapped = torch.ops.diffkern_C.of_a_file(weight)
+    stamp, copy = _stamp(weight, mapped), pack()
+    if mapped:
+        torch.ops.diffkern_C.give_back(weight)
+    forget = weakref.ref(owner, lambda _: _kept.pop(key, None))
+    _kept[key] = _Packed(forget, weight.detach() if mapped else None, stamp, copy)
+    return copy
+
+
+def _stamp(weight: Tensor, mapped: bool) -> tuple[int, int]:
+    return weight._version, torch.ops.diffkern_C.fingerprint(weight, mapped)
 
 
 @functools.cache

@@ -8,13 +8,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+Model = TypeVar("Model", bound=nn.Module)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # The attention of weights saved before diffusers 0.13 has other names.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -73,8 +74,9 @@ def read_config(path: str | Path, *class_names: str) -> dict[str, Any]:
 
 
 def read_weights(model: nn.Module, path: str | Path, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Fill a model made on the meta device. Raises ModelError naming a key that is missing, left over, or of another
-    shape or a dtype that is no floating point."""
+    """Fill a model made on the meta device. On a CPU a weight that has the dtype already is not copied: it is a part of
+    the file that safetensors maps. Raises ModelError naming a key that is missing, left over, or of another shape or a
+    dtype that is no floating point."""
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise ModelError(f"{path} has no {WEIGHTS} (pickled weights are never read)")
@@ -99,6 +101,14 @@ def read_weights(model: nn.Module, path: str | Path, dtype: torch.dtype, device:
     if missing := sorted(wanted.keys() - state.keys()):
         raise ModelError(f"{file} lacks {len(missing)} weights that the config asks for, {missing[0]!r} first")
     model.load_state_dict(state, assign=True)
+
+
+def lay_out(model: Model, device: torch.device | str) -> Model:
+    """Make the weights of convolutions channels_last, but on a CPU, where kernels pack them from either layout: a copy
+    would take their memory once more."""
+    if torch.device(device).type != "cpu":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def write(path: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -280,7 +280,7 @@ class UNet(nn.Module):
         with torch.device("meta"):
             model = cls(cls.CONFIG.from_dict(config))
         folder.read_weights(model, path, dtype, device)
-        return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return folder.lay_out(model, device).eval()
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder that `from_folder`, and diffusers, read."""
