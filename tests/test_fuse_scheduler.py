@@ -28,19 +28,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of numpy, in diffusers
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of diffusers: algorithm_type dpmsolver
 ]
+Config = dict[str, Any]
 SHAPE = (2, 3, 4, 4)
-SPACINGS = [{"timestep_spacing": s} for s in ("leading", "trailing", "linspace")]
+SPACINGS: list[Config] = [{"timestep_spacing": s} for s in ("leading", "trailing", "linspace")]
 EPSILON, X0, V, FLOW = ({"prediction_type": f"{p}"} for p in ("epsilon", "sample", "v_prediction", "flow_prediction"))
-ZERO_SNR = {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+ZERO_SNR: Config = {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 KARRAS, EXPONENTIAL, LU = ({f"use_{n}": True} for n in ("karras_sigmas", "exponential_sigmas", "lu_lambdas"))
-SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
-FLOW_SIGMAS = {**FLOW, "use_flow_sigmas": True, "flow_shift": 3.0}
-RAMPS = [{**V, **ramp} for ramp in (KARRAS, EXPONENTIAL)]
-CLIPS = [{"clip_sample": False}, {"clip_sample": True, "clip_sample_range": 0.5}]
-COSINE = {"beta_schedule": "squaredcos_cap_v2"}
-LOWER = {"lower_order_final": True}
-UNIPC = [{"predict_x0": d, "solver_type": b} for d, b in product((True, False), ("bh1", "bh2"))]
-SDE = {"algorithm_type": "sde-dpmsolver++"}
+SIGMA_MIN: Config = {"final_sigmas_type": "sigma_min"}
+FLOW_SIGMAS: Config = {**FLOW, "use_flow_sigmas": True, "flow_shift": 3.0}
+RAMPS: list[Config] = [{**V, **ramp} for ramp in (KARRAS, EXPONENTIAL)]
+CLIPS: list[Config] = [{"clip_sample": False}, {"clip_sample": True, "clip_sample_range": 0.5}]
+COSINE: Config = {"beta_schedule": "squaredcos_cap_v2"}
+LOWER: Config = {"lower_order_final": True}
+UNIPC: list[Config] = [{"predict_x0": d, "solver_type": b} for d, b in product((True, False), ("bh1", "bh2"))]
+SDE: Config = {"algorithm_type": "sde-dpmsolver++"}
 
 
 def model(x: Tensor, t: Any) -> Tensor:
@@ -78,7 +79,7 @@ def delta(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]]) -> f
 class Case:
     """A diffusers scheduler, its config, and what its `step` is given."""
 
-    def __init__(self, name: str, config: dict[str, Any] | None = None, **step: Any) -> None:
+    def __init__(self, name: str, config: Config | None = None, **step: Any) -> None:
         self.name, self.config, self.step = f"{name}Scheduler", config or {}, step
 
     def __repr__(self) -> str:
@@ -90,15 +91,15 @@ class Case:
         return getattr(diffusers, self.name)(**self.config)
 
 
-def orders(name: str, *configs: dict[str, Any], upto: int = 3) -> list[Case]:
+def orders(name: str, *configs: Config, upto: int = 3) -> list[Case]:
     return [Case(name, {**c, "solver_order": k}) for c in configs for k in range(1, upto + 1)]
 
 
-MIDPOINT_HEUN = ({"solver_type": "midpoint"}, {"solver_type": "heun"})
-ALGORITHMS = [{"algorithm_type": a, **SIGMA_MIN} for a in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")]
-SDE_OF_NOISE = {"algorithm_type": "sde-dpmsolver", **SIGMA_MIN}
+MIDPOINT_HEUN: tuple[Config, ...] = ({"solver_type": "midpoint"}, {"solver_type": "heun"})
+ALGORITHMS: list[Config] = [{"algorithm_type": a, **SIGMA_MIN} for a in ("dpmsolver", "dpmsolver++", "sde-dpmsolver++")]
+SDE_OF_NOISE: Config = {"algorithm_type": "sde-dpmsolver", **SIGMA_MIN}
 
-CASES = [
+CASES: list[Case] = [
     *(Case("DDPM", {**p, **s}) for p, s in product((EPSILON, X0, V), SPACINGS)),
     *(Case("DDPM", c) for c in (*CLIPS, ZERO_SNR, COSINE, {"beta_schedule": "sigmoid"}, {"steps_offset": 1})),
     *(Case("DDPM", {"variance_type": v, **SPACINGS[1]}) for v in ("fixed_small_log", "fixed_large")),
@@ -140,13 +141,13 @@ CASES = [
 
 
 @contextmanager
-def float64(case: Case) -> Iterator[None]:
+def float64(name: str) -> Iterator[None]:
     """Inside, diffusers computes in float64 what it computes in float32, on the same noise."""
 
     def randn_tensor(shape: Any, generator: Any = None, dtype: Any = None, **_: Any) -> Tensor:
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(dtype)
 
-    module = importlib.import_module(getattr(diffusers, case.name).__module__)
+    module = importlib.import_module(getattr(diffusers, name).__module__)
     with diffusers_in_float64(module, randn_tensor), patch.object(torch_utils, "randn_tensor", randn_tensor):
         yield
 
@@ -158,7 +159,7 @@ def test_equals_diffusers(case: Case, steps: int) -> None:
     plain.set_timesteps(steps)
     fused, x = fuse_scheduler(plain), start(plain)
     ours, theirs = run(fused, x, **case.step), run(plain, x, **case.step)
-    with float64(case):
+    with float64(case.name):
         plain = case.plain()
         plain.set_timesteps(steps)
         fused, x = fuse_scheduler(plain), start(plain, torch.float64)

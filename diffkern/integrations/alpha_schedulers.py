@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffkern.integrations.fused import FusedScheduler
 from diffkern.samplers.ddpm import ddim_step, posterior, step_variance
-from diffkern.samplers.grid import DATA, Point
+from diffkern.samplers.grid import Point
 from diffkern.samplers.lcm import consistency
 from diffkern.samplers.plms import adams_bashforth, transfer
 from diffkern.samplers.table import H0, H1, X0, M, Row, Weights, X
@@ -21,7 +21,6 @@ class AlphaScheduler(FusedScheduler):
     """x0, clipping and add_noise by alphas_cumprod."""
 
     config: Any
-    final_alpha_cumprod: Tensor
     timesteps: Any
     num_inference_steps: int | None
 
@@ -49,7 +48,7 @@ class AlphaScheduler(FusedScheduler):
 
     def at(self, t: int) -> Point:
         """The point at a timestep; before timestep 0 the final one."""
-        alpha_bar = self.levels.alphas_cumprod[t] if t >= 0 else float(self.final_alpha_cumprod)
+        alpha_bar = self.levels.alphas_cumprod[t] if t >= 0 else self.levels.final_alpha_cumprod
         return Point(float(t), alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
 
     def on_host(self, timestep: Any) -> int:
@@ -82,9 +81,6 @@ class DDPM(AlphaScheduler):
 
     def is_regular(self, call: dict[str, Any]) -> bool:
         return True  # before set_timesteps every timestep is visited
-
-    def at(self, t: int) -> Point:
-        return super().at(t) if t >= 0 else DATA
 
     def fused_step(self, *, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any, **_: Any) -> Any:
         t = self.on_host(timestep)

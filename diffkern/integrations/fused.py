@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from diffkern.layout import accumulate
@@ -22,7 +22,7 @@ from diffkern.samplers.grid import Point
 from diffkern.samplers.table import H2, Row, Table, Weights
 
 # What a step depends on beside its arguments. A change makes another tensor, another config or another version.
-_SOURCES = ("sigmas", "timesteps", "alphas_cumprod", "_internal_dict")
+_SOURCES = ("sigmas", "timesteps", "alphas_cumprod", "final_alpha_cumprod", "_internal_dict")
 
 
 class Result(NamedTuple):
@@ -34,33 +34,23 @@ class Result(NamedTuple):
 
 
 class Levels:
-    """The noise levels of a scheduler on the host, and the rows made from them so far."""
+    """The noise levels of a scheduler on the host, read once, and the rows made from them so far."""
 
     def __init__(self, sources: tuple[Any, ...], reason: str | None) -> None:
-        self.sources = sources
-        self.versions = _versions(sources)
-        self.reason = reason
+        self.sources, self.versions, self.reason = sources, _versions(sources), reason
+        sigmas, timesteps, alphas_cumprod, final_alpha_cumprod = (
+            s.cpu() if isinstance(s, Tensor) else None for s in sources[:4]
+        )
+        self.host_timesteps = timesteps
+        self.timesteps: list[float] = [] if timesteps is None else timesteps.tolist()
+        self.sigmas: list[float] = [] if sigmas is None else sigmas.tolist()
+        self.alphas_cumprod: list[float] = [] if alphas_cumprod is None else alphas_cumprod.tolist()
+        self.final_alpha_cumprod = 1.0 if final_alpha_cumprod is None else final_alpha_cumprod.item()
         self.rows: dict[Hashable, Tensor] = {}
 
     def holds(self, sources: tuple[Any, ...]) -> bool:
         same = all(a is b for a, b in zip(self.sources, sources, strict=True))
         return same and self.versions == _versions(sources)
-
-    @cached_property
-    def sigmas(self) -> list[float]:
-        return self.sources[0].tolist()
-
-    @cached_property
-    def host_timesteps(self) -> Tensor:
-        return self.sources[1].cpu()
-
-    @cached_property
-    def timesteps(self) -> list[float]:
-        return self.host_timesteps.tolist()
-
-    @cached_property
-    def alphas_cumprod(self) -> list[float]:
-        return self.sources[2].tolist()
 
 
 def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -171,7 +161,12 @@ class FusedScheduler:
         """float32 (or float64) [2, 32] on the device: the row, and the end of its table."""
 
         def on_device() -> Tensor:
-            data = Table([make()], name=type(self).__name__).data.clone()
+            try:
+                data = Table([make()], name=type(self).__name__).data.clone()
+            except (ZeroDivisionError, LinAlgError):
+                raise ValueError(
+                    f"{type(self).__name__} needs noise levels that differ from step to step: take fewer steps"
+                ) from None
             data[0, DRAW] = draw
             return data.to(device, acc, non_blocking=True)
 
