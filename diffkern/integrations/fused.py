@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from diffkern.layout import accumulate
 from diffkern.ops.randn import noise_keys
-from diffkern.ops.sampler_step import C_IN, DRAW, NEXT, TERMS, WIDTH, sampler_step
+from diffkern.ops.sampler_step import C_IN, NEXT, TERMS, WIDTH, sampler_step
 from diffkern.samplers.grid import Point
-from diffkern.samplers.table import H2, Row, Table, Weights
+from diffkern.samplers.table import END, H2, Row, Weights
 
 # What a step depends on beside its arguments. A change makes another tensor, another config or another version.
 _SOURCES = ("sigmas", "timesteps", "alphas_cumprod", "final_alpha_cumprod", "_internal_dict")
@@ -36,21 +37,18 @@ class Result(NamedTuple):
 class Levels:
     """The noise levels of a scheduler on the host, read once, and the rows made from them so far."""
 
-    def __init__(self, sources: tuple[Any, ...], reason: str | None) -> None:
+    def __init__(self, sources: tuple[Any, ...], reason: str | None, last: Levels | None) -> None:
         self.sources, self.versions, self.reason = sources, _versions(sources), reason
-        sigmas, timesteps, alphas_cumprod, final_alpha_cumprod = (
-            s.cpu() if isinstance(s, Tensor) else None for s in sources[:4]
-        )
-        self.host_timesteps = timesteps
-        self.timesteps: list[float] = [] if timesteps is None else timesteps.tolist()
-        self.sigmas: list[float] = [] if sigmas is None else sigmas.tolist()
-        self.alphas_cumprod: list[float] = [] if alphas_cumprod is None else alphas_cumprod.tolist()
-        self.final_alpha_cumprod = 1.0 if final_alpha_cumprod is None else final_alpha_cumprod.item()
-        self.rows: dict[Hashable, Tensor] = {}
+        on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[:4]]
+        self.host_timesteps = on_host[1]
+        self.values = tuple([] if t is None else t.tolist() for t in on_host)
+        self.sigmas, self.timesteps, self.alphas_cumprod, self.final_alpha_cumprod = self.values
+        # Timesteps that are set anew are most often the same.
+        same = last is not None and last.values == self.values and last.sources[4] is sources[4]
+        self.rows: dict[Hashable, Tensor] = last.rows if last is not None and same else {}
 
     def holds(self, sources: tuple[Any, ...]) -> bool:
-        same = all(a is b for a, b in zip(self.sources, sources, strict=True))
-        return same and self.versions == _versions(sources)
+        return all(map(is_, self.sources, sources)) and self.versions == _versions(sources)
 
 
 def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -84,9 +82,16 @@ class FusedScheduler:
 
     @property
     def levels(self) -> Levels:
-        sources = tuple(vars(self).get(name) for name in _SOURCES)
+        """As of the last `look`."""
+        assert self._levels is not None
+        return self._levels
+
+    def look(self) -> Levels:
+        """Read the noise levels, if others were set since. At the start of every call: it is what makes rows true."""
+        state = vars(self)
+        sources = tuple(map(state.get, _SOURCES))
         if self._levels is None or not self._levels.holds(sources):
-            self._levels = Levels(sources, self.why_not(self))
+            self._levels = Levels(sources, self.why_not(self), self._levels)
         return self._levels
 
     def apply(
@@ -146,6 +151,7 @@ class FusedScheduler:
             data[:, C_IN] = 1.0
             return data.to(original.device, acc, non_blocking=True)
 
+        self.look()
         dtype = torch.promote_types(original.dtype, noise.dtype)
         acc = accumulate(dtype)
         table = self._kept(("mix", original.device, acc), make)
@@ -162,13 +168,13 @@ class FusedScheduler:
 
         def on_device() -> Tensor:
             try:
-                data = Table([make()], name=type(self).__name__).data.clone()
+                row = make()
             except (ZeroDivisionError, LinAlgError):
                 raise ValueError(
                     f"{type(self).__name__} needs noise levels that differ from step to step: take fewer steps"
                 ) from None
-            data[0, DRAW] = draw
-            return data.to(device, acc, non_blocking=True)
+            row.check(type(self).__name__, 0)
+            return torch.tensor([row.columns(draw), END], dtype=acc).to(device, non_blocking=True)
 
         return self._kept((key, device, acc), on_device)
 

@@ -42,7 +42,7 @@ class IndexedScheduler(FusedScheduler):
         """int64 [B]: the steps of timesteps; with a begin index, the step that the run is at."""
         if self.begin_index is not None:
             return torch.full((len(timesteps),), self.begin_index if self._step_index is None else self._step_index)
-        find, known = self.index_for_timestep, self.levels.host_timesteps  # type: ignore[attr-defined]
+        find, known = self.index_for_timestep, self.look().host_timesteps  # type: ignore[attr-defined]
         return torch.tensor([find(t, known) for t in timesteps.tolist()])
 
 
