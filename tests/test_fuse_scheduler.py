@@ -30,6 +30,7 @@ pytestmark = [
 ]
 Config = dict[str, Any]
 SHAPE = (2, 3, 4, 4)
+STEPS = 8
 SPACINGS: list[Config] = [{"timestep_spacing": s} for s in ("leading", "trailing", "linspace")]
 EPSILON, X0, V, FLOW = ({"prediction_type": f"{p}"} for p in ("epsilon", "sample", "v_prediction", "flow_prediction"))
 ZERO_SNR: Config = {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -74,6 +75,16 @@ def delta(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]]) -> f
     pairs = [(a.double(), b.double()) for o, t in zip(ours, theirs, strict=True) for a, b in zip(o, t, strict=True)]
     assert all(torch.isfinite(b).all() for _, b in pairs)
     return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)
+
+
+def plain(name: str, steps: int | None = STEPS, **config: Any) -> Any:
+    """diffusers' own scheduler."""
+    if name == "DPMSolverSinglestepScheduler":
+        config = {"lower_order_final": True, **config}  # else diffusers turns it on while it steps, and says so
+    scheduler = getattr(diffusers, name)(**config)
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    return scheduler
 
 
 class Case:

@@ -47,8 +47,8 @@ class AlphaScheduler(FusedScheduler):
         return self.mix(original_samples, noise, timesteps)
 
     def at(self, t: int) -> Point:
-        """The point at a timestep; before timestep 0 the final one, for DDPM without noise."""
-        alpha_bar = self.levels.alphas_cumprod[t] if t >= 0 else self.levels.final_alpha_cumprod or 1.0
+        """The point at a timestep; before timestep 0 the final one."""
+        alpha_bar = self.levels.alphas_cumprod[t] if t >= 0 else self.levels.final_alpha_cumprod
         return Point(float(t), alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
 
     def on_host(self, timestep: Any) -> int:

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 from diffkern.integrations.alpha_schedulers import DDIM, DDPM, LCM, PNDM
-from diffkern.integrations.flow_schedulers import FlowMatchEuler
 from diffkern.integrations.fused import FusedScheduler
-from diffkern.integrations.multistep_schedulers import DEIS, DPMSolver, DPMSolverSinglestep, EDMDPMSolver, UniPC
-from diffkern.integrations.sigma_schedulers import EDMEuler, Euler, EulerAncestral, Heun
+from diffkern.integrations.multistep_schedulers import DEIS, DPMSolver, DPMSolverSinglestep, EDMDPMSolver
+from diffkern.integrations.sigma_schedulers import EDMEuler, Euler, EulerAncestral, FlowMatchEuler, Heun
+from diffkern.integrations.unipc_scheduler import UniPC
 from diffkern.schedules import one_of
 
 FUSED: dict[str, type[FusedScheduler]] = {

@@ -41,8 +41,9 @@ class Levels:
         self.sources, self.versions, self.reason = sources, _versions(sources), reason
         on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[:4]]
         self.host_timesteps = on_host[1]
-        self.values = tuple([] if t is None else t.tolist() for t in on_host)
-        self.sigmas, self.timesteps, self.alphas_cumprod, self.final_alpha_cumprod = self.values
+        self.values: tuple[Any, ...] = tuple([] if t is None else t.tolist() for t in on_host)
+        self.sigmas, self.timesteps, self.alphas_cumprod, final = self.values
+        self.final_alpha_cumprod: float = final or 1.0  # DDPM has none, and ends without noise
         # Timesteps that are set anew are most often the same.
         same = last is not None and last.values == self.values and last.sources[4] is sources[4]
         self.rows: dict[Hashable, Tensor] = last.rows if last is not None and same else {}
