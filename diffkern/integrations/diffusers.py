@@ -67,11 +67,12 @@ def fuse_scheduler(scheduler: Any, *, noise: str = "diffusers", seed: int = 0) -
 def restore_scheduler(scheduler: Any) -> Any:
     """A copy of a fused scheduler in diffusers' own class, with the same config and state. Raises ValueError for a
     scheduler that is not fused."""
-    if not isinstance(scheduler, FusedScheduler):
+    cls = _plain_class(type(scheduler))
+    if cls is None or cls is type(scheduler):
         raise ValueError(
             f"{type(scheduler).__name__} is not fused: restore_scheduler takes what fuse_scheduler returned"
         )
-    plain = _copy_as(_plain_class(type(scheduler)), scheduler)
+    plain = _copy_as(cls, scheduler)
     vars(plain).pop("counter_seed", None)
     return plain
 
@@ -108,11 +109,12 @@ def _binder(signature: inspect.Signature) -> Callable[..., dict[str, Any]]:
     """The arguments of a call by their names, with defaults; as Signature.bind, which is ten times slower."""
     _, *parameters = signature.parameters.values()
     names = [p.name for p in parameters]
+    known = set(names)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def bind(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         call = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        if len(call) != len(names) or len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+        if call.keys() != known or len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
             signature.bind(self, *args, **kwargs)  # it knows what to say
         return call
 
@@ -126,13 +128,12 @@ def _new(cls: Any) -> Any:
 
 
 def _plain_class(cls: Any) -> Any:
-    """The diffusers class that is, or is under, cls; None if there is none that can be fused. Not a subclass of one: it
-    may step otherwise."""
+    """The diffusers class that is cls, or that cls fuses; None if there is none. Not a subclass of one: it may step
+    otherwise."""
     import diffusers
 
-    if issubclass(cls, FusedScheduler):
-        cls = cls.__bases__[1]
-    return cls if cls.__name__ in FUSED and getattr(diffusers, cls.__name__, None) is cls else None
+    plain = getattr(diffusers, cls.__name__, None) if cls.__name__ in FUSED else None
+    return plain if plain is not None and cls in (plain, fused_class(plain)) else None
 
 
 def _copy_as(cls: Any, scheduler: Any) -> Any:

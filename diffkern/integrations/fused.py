@@ -23,7 +23,8 @@ from diffkern.samplers.grid import Point
 from diffkern.samplers.table import END, H2, Row, Weights
 
 # What a step depends on beside its arguments. A change makes another tensor, another config or another version.
-_SOURCES = ("sigmas", "timesteps", "alphas_cumprod", "final_alpha_cumprod", "_internal_dict")
+_LEVELS = ("sigmas", "timesteps", "alphas_cumprod", "final_alpha_cumprod")
+_SETTINGS = ("_internal_dict", "num_inference_steps", "variance_type", "predict_x0")
 
 
 class Result(NamedTuple):
@@ -39,13 +40,16 @@ class Levels:
 
     def __init__(self, sources: tuple[Any, ...], reason: str | None, last: Levels | None) -> None:
         self.sources, self.versions, self.reason = sources, _versions(sources), reason
-        on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[:4]]
+        on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[: len(_LEVELS)]]
         self.host_timesteps = on_host[1]
         self.values: tuple[Any, ...] = tuple([] if t is None else t.tolist() for t in on_host)
         self.sigmas, self.timesteps, self.alphas_cumprod, final = self.values
         self.final_alpha_cumprod: float = final or 1.0  # DDPM has none, and ends without noise
         # Timesteps that are set anew are most often the same.
-        same = last is not None and last.values == self.values and last.sources[4] is sources[4]
+        settings = slice(len(_LEVELS), None)
+        same = (
+            last is not None and last.values == self.values and all(map(is_, last.sources[settings], sources[settings]))
+        )
         self.rows: dict[Hashable, Tensor] = last.rows if last is not None and same else {}
 
     def holds(self, sources: tuple[Any, ...]) -> bool:
@@ -90,7 +94,7 @@ class FusedScheduler:
     def look(self) -> Levels:
         """Read the noise levels, if others were set since. At the start of every call: it is what makes rows true."""
         state = vars(self)
-        sources = tuple(map(state.get, _SOURCES))
+        sources = tuple(map(state.get, (*_LEVELS, *_SETTINGS)))
         if self._levels is None or not self._levels.holds(sources):
             self._levels = Levels(sources, self.why_not(self), self._levels)
         return self._levels
