@@ -170,6 +170,19 @@ def test_other_timesteps_and_configs_make_other_rows(name: str) -> None:
         assert delta(run(fused, x), run(scheduler, x)) <= BOUND
 
 
+def test_a_second_run_takes_the_rows_of_the_first() -> None:
+    fused, scheduler = fuse_scheduler(plain("DDIMScheduler")), plain("DDIMScheduler")
+    x = start(fused)
+    first, rows = run(fused, x), fused.levels.rows
+    fused.set_timesteps(STEPS)
+    assert delta(run(fused, x), first) == 0
+    assert fused.levels.rows is rows
+    for s in (fused, scheduler):
+        s.num_inference_steps = 2 * STEPS  # half the way of a step
+    assert delta(run(fused, x), run(scheduler, x)) <= BOUND
+    assert delta(run(fused, x), first) > 0.01
+
+
 @every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
