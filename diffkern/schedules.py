@@ -36,6 +36,20 @@ PREDICTIONS: dict[str, Callable[[Any, Any, float], tuple[Any, Any]]] = {
 }
 
 
+def x0_weights(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5) -> tuple[float, float]:
+    """(a, b) of x_0 = a x + b m for a model that predicts one of PREDICTIONS; not finite where m does not give x_0."""
+    u, w = PREDICTIONS[prediction](alpha, sigma, sigma_data)
+    det = alpha * w - sigma * u  # of (x, m) as functions of (x_0, epsilon)
+    return (w / det, -sigma / det) if det else (math.inf, math.inf)
+
+
+def epsilon_weights(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5) -> tuple[float, float]:
+    """(a, b) of epsilon = a x + b m for a model that predicts one of PREDICTIONS."""
+    u, w = PREDICTIONS[prediction](alpha, sigma, sigma_data)
+    det = alpha * w - sigma * u
+    return (-u / det, alpha / det) if det else (math.inf, math.inf)
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """A noise schedule and what the model trained with it predicts.
@@ -108,15 +122,11 @@ class Schedule:
     def x0_weights(self, alpha: float, sigma: float) -> tuple[float, float]:
         """(a, b) of x_0 = a x + b m at a noise level; not finite where the prediction does not give x_0 (epsilon at
         alpha = 0). For EDM these are c_skip and c_out."""
-        u, w = PREDICTIONS[self.prediction](alpha, sigma, self.sigma_data)
-        det = alpha * w - sigma * u  # of (x, m) as functions of (x_0, epsilon)
-        return (w / det, -sigma / det) if det else (math.inf, math.inf)
+        return x0_weights(self.prediction, alpha, sigma, self.sigma_data)
 
     def epsilon_weights(self, alpha: float, sigma: float) -> tuple[float, float]:
         """(a, b) of epsilon = a x + b m at a noise level."""
-        u, w = PREDICTIONS[self.prediction](alpha, sigma, self.sigma_data)
-        det = alpha * w - sigma * u
-        return (-u / det, alpha / det) if det else (math.inf, math.inf)
+        return epsilon_weights(self.prediction, alpha, sigma, self.sigma_data)
 
     @overload
     def add_noise(
@@ -243,7 +253,7 @@ for _name in ("EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "
 _EDM_CLASSES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler",)
 _BETA_SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "squaredcos_cap_v2": cosine, "sigmoid": sigmoid}
-_PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 # fmt: off
 # Keys with the only values that a table of coefficients can honour; anything else is refused rather than ignored.
 # A dynamic shift depends on the image size: a config can have "shift" set to exp(mu) instead.
@@ -301,8 +311,8 @@ def from_diffusers_config(config: Mapping[str, Any]) -> Schedule:
 
     start, end, beta_schedule, spacing, clip_sample = _DIFFUSERS[name]
     options = {"spacing": get("timestep_spacing", spacing)} | options
-    one_of("prediction_type", kind := get("prediction_type", "epsilon"), _PREDICTION_TYPES)
-    options["prediction"] = _PREDICTION_TYPES[kind]
+    one_of("prediction_type", kind := get("prediction_type", "epsilon"), PREDICTION_TYPES)
+    options["prediction"] = PREDICTION_TYPES[kind]
     if get("clip_sample", clip_sample):
         options["clip"] = float(get("clip_sample_range", 1.0))
     if get("use_flow_sigmas", False):

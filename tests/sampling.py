@@ -64,25 +64,32 @@ class _Wide:
 
 
 @contextmanager
+def diffusers_in_float64(module: Any, randn_tensor: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, a scheduler's module computes in float64 where it says float32, on the noise of randn_tensor: the same
+    algorithm, without its rounding."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with patch.multiple(module, create=True, torch=_Wide(torch), np=_Wide(np), randn_tensor=randn_tensor):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@contextmanager
 def _diffusers_like_ours(module: Any, wide: bool) -> Iterator[None]:
-    """Inside, the scheduler's module draws the noise that `sampler_step` draws, and with `wide` computes in float64
-    where it says float32: the same algorithm, without its rounding."""
-    draws, default = count(1), torch.get_default_dtype()
-    changes: dict[str, Any]
+    """Inside, the scheduler's module draws the noise that `sampler_step` draws, and with `wide` computes in float64."""
+    draws = count(1)
 
     def randn_tensor(shape: Any, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
         assert tuple(shape) == (len(KEYS), *SHAPE)
         return noise(next(draws), dtype or torch.float64)
 
-    changes = {"randn_tensor": randn_tensor, "torch": torch, "np": np}
-    if wide:
-        changes |= {"torch": _Wide(torch), "np": _Wide(np)}
-        torch.set_default_dtype(torch.float64)
-    try:
-        with patch.multiple(module, create=True, **changes):
-            yield
-    finally:
-        torch.set_default_dtype(default)
+    inside = diffusers_in_float64(module, randn_tensor) if wide else patch.multiple(
+        module, create=True, randn_tensor=randn_tensor
+    )  # fmt: skip
+    with inside:
+        yield
 
 
 def run_diffusers(

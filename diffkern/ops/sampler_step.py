@@ -108,7 +108,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
     def sample(
         name: str, shape: tuple[int, ...], layout: str = "contiguous", noisy: bool = True, guided: bool = True,
-        base: bool = True, history: int = 3, workload: bool = False,
+        base: bool = True, history: tuple[int, ...] = (0, 1, 2), workload: bool = False,
     ) -> Sample:  # fmt: skip
         def args() -> tuple[object, ...]:
             batch = shape[0]
@@ -120,17 +120,18 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             row = torch.arange(batch, device=device) * 2 % 5
             keys = noise_keys(11, batch, device) if noisy else None
             guidance = torch.linspace(0.5, 7.5, batch, device=device, dtype=acc) if guided else None
-            past = [h if i < history else None for i, h in enumerate(state[2:])]
+            past = [h if i in history else None for i, h in enumerate(state[2:])]
             return state[0], output, table, row, keys, guidance, state[1] if base else None, *past
 
         return Sample(name, args, workload)
 
     for name, shape, layout in SHAPES:
         yield sample(name, shape, layout)
-    yield sample("bare", (3, 3, 5, 5), noisy=False, guided=False, base=False, history=0)
-    yield sample("DPM-Solver++ 2M", (3, 3, 5, 5), "channels_last", noisy=False, base=False, history=1)
-    yield sample("SD 1.5, DDIM", (8, 4, 64, 64), noisy=False, base=False, history=0, workload=True)
-    yield sample("SDXL, DPM-Solver++ 2M SDE", (8, 4, 128, 128), base=False, history=1, workload=True)
+    yield sample("bare", (3, 3, 5, 5), noisy=False, guided=False, base=False, history=())
+    yield sample("DPM-Solver++ 2M", (3, 3, 5, 5), "channels_last", noisy=False, base=False, history=(0,))
+    yield sample("noise of one's own for h2", (2, 3, 5, 5), noisy=False, guided=False, base=False, history=(2,))
+    yield sample("SD 1.5, DDIM", (8, 4, 64, 64), noisy=False, base=False, history=(), workload=True)
+    yield sample("SDXL, DPM-Solver++ 2M SDE", (8, 4, 128, 128), base=False, history=(0,), workload=True)
 
 
 @sampler_step.cost

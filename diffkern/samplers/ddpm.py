@@ -5,13 +5,26 @@ from __future__ import annotations
 from itertools import pairwise
 
 from diffkern.samplers.grid import Point, Spacing, grid, initial_scale, row
-from diffkern.samplers.table import X0, M, Table, X
+from diffkern.samplers.table import X0, M, Table, Weights, X
 from diffkern.schedules import Schedule, one_of
 
 
-def _step_variance(t: Point, s: Point) -> float:
+def step_variance(t: Point, s: Point) -> float:
     """Variance of x_t given x_s, for s cleaner than t (Kingma et al. 2021, eq. 2); beta_t for neighbouring steps."""
     return t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
+
+
+def posterior(t: Point, s: Point) -> tuple[Weights, float]:
+    """Mean and variance of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 3)."""
+    beta = step_variance(t, s)
+    mean = t.alpha / s.alpha * s.sigma**2 / t.sigma**2 * X + s.alpha * beta / t.sigma**2 * X0
+    return mean, beta * s.sigma**2 / t.sigma**2
+
+
+def ddim_step(t: Point, s: Point, epsilon: Weights, eta: float) -> tuple[Weights, float]:
+    """x_s without its noise, and the noise's standard deviation (Song et al. 2021, eq. 12 and 16)."""
+    std = eta * posterior(t, s)[1] ** 0.5
+    return s.alpha * X0 + max(s.sigma**2 - std**2, 0.0) ** 0.5 * epsilon, std
 
 
 def ddpm(
@@ -22,7 +35,7 @@ def ddpm(
     clip: float | None = None,
     spacing: Spacing = None,
 ) -> Table:
-    """Samples x_s from q(x_s | x_t, x_0) at the predicted x_0 (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 3).
+    """Samples x_s from q(x_s | x_t, x_0) at the predicted x_0.
 
     variance: that of the posterior ("fixed_small") or the larger beta_t ("fixed_large"), Ho et al. 2020, section 3.2.
     No noise in the last step. Raises ValueError for an option that is not one of these."""
@@ -30,9 +43,9 @@ def ddpm(
     points = grid(schedule, steps, spacing)
     rows = []
     for t, s in pairwise(points):
-        beta = _step_variance(t, s)
-        var = beta if variance == "fixed_large" else beta * s.sigma**2 / t.sigma**2
-        mean = t.alpha / s.alpha * s.sigma**2 / t.sigma**2 * X + s.alpha * beta / t.sigma**2 * X0
+        mean, var = posterior(t, s)
+        if variance == "fixed_large":
+            var = step_variance(t, s)
         rows.append(row(schedule, t, mean, clip=clip, noise=var**0.5 if s is not points[-1] else 0.0))
     return Table(rows, initial_scale(schedule, points[0]), name="ddpm")
 
@@ -57,9 +70,8 @@ def ddim(
     points = grid(schedule, steps, spacing, final=final)
     rows = []
     for t, s in pairwise(points):
-        std = eta * (_step_variance(t, s) * s.sigma**2 / t.sigma**2) ** 0.5
         a, b = schedule.epsilon_weights(t.alpha, t.sigma)
         epsilon = (X - t.alpha * X0) / t.sigma if use_clipped_model_output else a * X + b * M
-        x = s.alpha * X0 + max(s.sigma**2 - std**2, 0.0) ** 0.5 * epsilon
+        x, std = ddim_step(t, s, epsilon, eta)
         rows.append(row(schedule, t, x, clip=clip, noise=std))
     return Table(rows, initial_scale(schedule, points[0]), name="ddim")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from diffkern.samplers.grid import Spacing, grid, initial_scale, row
-from diffkern.samplers.table import H0, H1, X0, Table, X
+from diffkern.samplers.grid import Point, Spacing, grid, initial_scale, row
+from diffkern.samplers.table import H0, H1, X0, Table, Weights, X
 from diffkern.schedules import Schedule
 
 
@@ -34,15 +35,22 @@ def deis(
     for i, (s, t) in enumerate(pairwise(points)):
         k = min(order, i + 1, steps - i if lower_order_final and steps < 15 else order)
         epsilon = (X - s.alpha * X0) / s.sigma
-        # Nodes log(rho / rho_s) of the newest k predictions; the weights integrate powers of it exactly.
-        nodes = [s.lam - points[i - j].lam for j in range(k)]
-        moments = [s.ratio * _integral(s.lam - t.lam, n) for n in range(k)]
-        weights = np.linalg.solve(np.vander(nodes, increasing=True).T, moments).tolist()
-        x = t.alpha / s.alpha * X
-        for weight, past in zip(weights, (epsilon, H0, H1), strict=False):
-            x = x + t.alpha * weight * past
+        x = deis_step([points[i - j] for j in range(k)], t, epsilon)
         rows.append(row(schedule, s, x, clip=clip, push=epsilon))
     return Table(rows, initial_scale(schedule, points[0]), name="deis")
+
+
+def deis_step(past: Sequence[Point], t: Point, epsilon: Weights) -> Weights:
+    """From x at past[0] to t. past: where the newest predictions were made, of which epsilon is the newest."""
+    s = past[0]
+    # Nodes log(rho / rho_s) of the predictions; the weights integrate powers of it exactly.
+    nodes = [s.lam - p.lam for p in past]
+    moments = [s.ratio * _integral(s.lam - t.lam, n) for n in range(len(past))]
+    weights = np.linalg.solve(np.vander(nodes, increasing=True).T, moments).tolist()
+    x = t.alpha / s.alpha * X
+    for weight, prediction in zip(weights, (epsilon, H0, H1), strict=False):
+        x = x + t.alpha * weight * prediction
+    return x
 
 
 def _integral(u: float, n: int) -> float:

@@ -15,6 +15,12 @@ def euler_step(s: float, t: float) -> Weights:
     return X + (t - s) / s * (X - X0)
 
 
+def ancestral(s: float, t: float, eta: float = 1.0) -> tuple[float, float]:
+    """The level to step to from s, and the noise that leads from there to t: down^2 + up^2 = t^2."""
+    up = eta * t * (1 - (t / s) ** 2) ** 0.5
+    return (t**2 - up**2) ** 0.5, up
+
+
 def init_scale(schedule: Schedule, ratio: float, spacing: Spacing) -> float:
     """The standard deviation of x / alpha at the start. With leading spacing the first timestep is not the noisiest,
     and the unit variance of the data is counted in, as diffusers does."""
@@ -41,10 +47,8 @@ def euler_a(
     points = grid(schedule, steps, spacing, integer=False, positive_alpha=True)
     rows = []
     for p, q in pairwise(points):
-        s, t = p.ratio, q.ratio
-        up = eta * t * (1 - (t / s) ** 2) ** 0.5
-        down = (t**2 - up**2) ** 0.5
-        rows.append(row(schedule, p, euler_step(s, down), clip=clip, scaled=True, noise=up))
+        down, up = ancestral(p.ratio, q.ratio, eta)
+        rows.append(row(schedule, p, euler_step(p.ratio, down), clip=clip, scaled=True, noise=up))
     return Table(rows, init_scale(schedule, points[0].ratio, spacing), name="euler_a")
 
 

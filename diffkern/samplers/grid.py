@@ -43,6 +43,14 @@ class Point(NamedTuple):
 DATA = Point(0.0, 1.0, 0.0)
 
 
+def point(path: str, level: float, timestep: float = 0.0) -> Point:
+    """The point of a path at a noise level: sigma / alpha, or sigma for a flow."""
+    if path == "flow":
+        return Point(timestep, 1 - level, level)
+    alpha = (1 + level**2) ** -0.5 if path == "vp" else 1.0
+    return Point(timestep, alpha, level * alpha)
+
+
 def grid(
     schedule: Schedule,
     steps: int,
@@ -183,9 +191,8 @@ def _at_level(schedule: Schedule, level: float, positive_alpha: bool) -> Point:
     match schedule.path:
         case "flow":
             sigma = min(level, 1 - SMALLEST_ALPHA["flow"]) if positive_alpha else min(level, 1.0)
-            return Point(len(schedule) * sigma, 1 - sigma, sigma)
+            return point("flow", sigma, len(schedule) * sigma)
         case "ve":
-            return Point(math.log(level) / 4, 1.0, level)
-    alpha = (1 + level**2) ** -0.5
+            return point("ve", level, math.log(level) / 4)
     t = np.interp(math.log(level), np.log(_levels(schedule)), np.arange(len(schedule))).item()
-    return Point(t, alpha, level * alpha)
+    return point("vp", level, t)

@@ -58,13 +58,13 @@ def heun_step(schedule: Schedule, s: Point, t: Point, clip: float | None, noise:
     predict = euler_step(s.ratio, t.ratio)
     if t.sigma == 0:
         return [row(schedule, s, predict, clip=clip, scaled=True, noise=noise)]
-    correct = _average_slope(s.ratio, t.ratio)
+    correct = average_slope(s.ratio, t.ratio, X - BASE)
     return [
         row(schedule, s, predict, clip=clip, scaled=True, base=X),
         row(schedule, t, correct, clip=clip, scaled=True, noise=noise),
     ]
 
 
-def _average_slope(s: float, t: float) -> Weights:
-    """base + (t - s) (d + d') / 2, with d' = (x - x_0) / t. The first slope is in Euler's x: (t - s) d = x - base."""
-    return (X + BASE) / 2 + (t - s) / (2 * t) * (X - X0)
+def average_slope(s: float, t: float, first: Weights) -> Weights:
+    """base + (t - s) (d + d') / 2, with d' = (x - x_0) / t. first: (t - s) d, which is x - base for Euler's x."""
+    return BASE + (first + (t - s) / t * (X - X0)) / 2

@@ -5,10 +5,18 @@ from __future__ import annotations
 from itertools import pairwise
 
 from diffkern.samplers.grid import grid, row
-from diffkern.samplers.table import X0, Table, X
+from diffkern.samplers.table import X0, Table, Weights, X
 from diffkern.schedules import Schedule
 
 SIGMA_DATA = 0.5  # of the boundary conditions, whatever the data (Song et al. 2023, appendix C)
+
+
+def consistency(timestep: float, timestep_scaling: float) -> Weights:
+    """The consistency function f = c_skip x + c_out x_0, which is x itself at timestep 0."""
+    scaled = timestep * timestep_scaling
+    c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+    c_out = scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
+    return c_out * X0 + c_skip * X
 
 
 def lcm(
@@ -19,7 +27,7 @@ def lcm(
     timestep_scaling: float = 10.0,
     clip: float | None = None,
 ) -> Table:
-    """The consistency function f = c_skip x + c_out x_0 jumps to the data; fresh noise leads back to the next timestep.
+    """The consistency function jumps to the data; fresh noise leads back to the next timestep.
 
     original_steps: of the distillation, whose timesteps k, 2k, ... (k = T / original_steps) the steps are taken from.
     Raises ValueError for more steps than those, or more of those than the schedule has."""
@@ -33,8 +41,6 @@ def lcm(
     points = grid(schedule, steps, [origin[i * original_steps // steps] for i in range(steps)])
     rows = []
     for s, t in pairwise(points):
-        scaled = s.timestep * timestep_scaling
-        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-        c_out = scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
-        rows.append(row(schedule, s, t.alpha * (c_out * X0 + c_skip * X), clip=clip, noise=t.sigma))
+        x0 = consistency(s.timestep, timestep_scaling)
+        rows.append(row(schedule, s, t.alpha * x0, clip=clip, noise=t.sigma))
     return Table(rows, name="lcm")

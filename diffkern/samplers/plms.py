@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 from diffkern.samplers.grid import Point, Spacing, grid, initial_scale, row
 from diffkern.samplers.table import BASE, H0, H1, H2, M, Table, Weights, X
-from diffkern.schedules import Schedule, one_of
+from diffkern.schedules import Schedule, epsilon_weights, one_of, x0_weights
 
 
 def plms(
@@ -39,30 +40,35 @@ def plms(
         a, b = schedule.epsilon_weights(p.alpha, p.sigma)
         return M if average == "output" else a * X + b * M
 
-    def transfer(s: Point, t: Point, x: Weights, mean: Weights) -> Weights:
-        """The DDIM step from x at s to t, with the averaged prediction."""
-        if average == "epsilon":
-            return t.alpha * (x - s.sigma * mean) / s.alpha + t.sigma * mean
-        (a, b), (c, d) = schedule.x0_weights(s.alpha, s.sigma), schedule.epsilon_weights(s.alpha, s.sigma)
-        return t.alpha * (a * x + b * mean) + t.sigma * (c * x + d * mean)
+    averaged = "epsilon" if average == "epsilon" else schedule.prediction
+    step = partial(transfer, averaged, sigma_data=schedule.sigma_data)
 
     first, second = points[:2]
     rows = [
-        row(schedule, first, transfer(first, second, X, newest(first)), clip=math.inf, push=newest(first), base=X),
+        row(schedule, first, step(first, second, X, newest(first)), clip=math.inf, push=newest(first), base=X),
         # The first step again, by the trapezoidal rule. Its prediction is not kept: pushing H0 keeps the history.
-        row(schedule, second, transfer(first, second, BASE, (newest(second) + H0) / 2), clip=math.inf, push=H0),
+        row(schedule, second, step(first, second, BASE, (newest(second) + H0) / 2), clip=math.inf, push=H0),
     ]
     for i, (s, t) in enumerate(pairwise(points[1:])):
-        mean = _adams_bashforth(i, newest(s))
-        rows.append(row(schedule, s, transfer(s, t, X, mean), clip=math.inf, push=newest(s)))
+        mean = adams_bashforth(i + 2, newest(s))
+        rows.append(row(schedule, s, step(s, t, X, mean), clip=math.inf, push=newest(s)))
     return Table(rows, initial_scale(schedule, first), name="plms")
 
 
-def _adams_bashforth(i: int, newest: Weights) -> Weights:
-    """Order 2, 3, then 4, over the newest prediction and the history."""
-    match i:
-        case 0:
-            return (3 * newest - H0) / 2
+def transfer(prediction: str, s: Point, t: Point, x: Weights, m: Weights, sigma_data: float = 0.5) -> Weights:
+    """The DDIM step from x at s to t (Liu et al. 2022, eq. 11), with the model output m or an average of them."""
+    a, b = x0_weights(prediction, s.alpha, s.sigma, sigma_data)
+    c, d = epsilon_weights(prediction, s.alpha, s.sigma, sigma_data)
+    return t.alpha * (a * x + b * m) + t.sigma * (c * x + d * m)
+
+
+def adams_bashforth(order: int, newest: Weights) -> Weights:
+    """Order 1 to 4, over the newest prediction and the history (Liu et al. 2022, eq. 12)."""
+    match order:
         case 1:
+            return newest
+        case 2:
+            return (3 * newest - H0) / 2
+        case 3:
             return (23 * newest - 16 * H0 + 5 * H1) / 12
     return (55 * newest - 59 * H0 + 37 * H1 - 9 * H2) / 24

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -58,6 +59,28 @@ class Row:
     c_in: float = 1.0
     clip: float = math.inf
 
+    def columns(self, draw: int) -> list[float]:
+        """The row as `sampler_step` reads it. draw: the number of its noise."""
+        values = [self.timestep, self.c_in, *self.x0, self.clip, self.noise, float(draw)] + [0.0] * (WIDTH - DRAW - 1)
+        for block, weights in ((NEXT, self.next), (NEXT_BASE, self.base), (NEXT_H, self.push)):
+            for term, weight in weights.items():
+                values[block + TERMS.index(term)] = weight
+        return values
+
+    def check(self, name: str, index: int) -> None:
+        """Raise ValueError for a coefficient that is not finite, in row `index` of the table of that name."""
+        columns = self.columns(0)
+        columns[CLIP] = 0.0  # an infinite clip bound means no clipping
+        if not all(map(math.isfinite, columns)):
+            raise ValueError(
+                f"{name}: row {index} has a coefficient that is not finite; with this schedule the prediction type "
+                "cannot give x0 there (a zero-terminal-SNR schedule needs v or x0 prediction)"
+            )
+
+
+# The row after the last: timestep 0, c_in 1.
+END = [1.0 if column == C_IN else 0.0 for column in range(WIDTH)]
+
 
 @dataclass(frozen=True)
 class Table:
@@ -71,14 +94,8 @@ class Table:
     def __post_init__(self) -> None:
         if not self.rows:
             raise ValueError(f"{self.name}: a table needs at least one row")
-        coefficients = self.data.clone()
-        coefficients[:, CLIP] = 0.0  # an infinite clip bound means no clipping
-        bad = (~torch.isfinite(coefficients)).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"{self.name}: row {bad[0]} has a coefficient that is not finite; with this schedule the prediction "
-                "type cannot give x0 there (a zero-terminal-SNR schedule needs v or x0 prediction)"
-            )
+        for i, row in enumerate(self.rows):
+            row.check(self.name, i)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,16 +103,9 @@ class Table:
     @cached_property
     def data(self) -> Tensor:
         """float64 [R + 1, 32] on the CPU. The last row is the end: timestep 0, c_in 1."""
-        data = torch.zeros(len(self.rows) + 1, WIDTH, dtype=torch.float64)
-        draw = 0
-        for i, r in enumerate(self.rows):
-            draw += r.noise != 0  # draw 0 is the initial noise
-            data[i, : DRAW + 1] = torch.tensor([r.timestep, r.c_in, *r.x0, r.clip, r.noise, draw], dtype=torch.float64)
-            for block, weights in ((NEXT, r.next), (NEXT_BASE, r.base), (NEXT_H, r.push)):
-                for term, weight in weights.items():
-                    data[i, block + TERMS.index(term)] = weight
-        data[-1, C_IN] = 1.0
-        return data
+        draws = accumulate(r.noise != 0 for r in self.rows)  # draw 0 is the initial noise
+        columns = [r.columns(draw) for r, draw in zip(self.rows, draws, strict=True)]
+        return torch.tensor([*columns, END], dtype=torch.float64)
 
     @property
     def timesteps(self) -> list[float]:

@@ -42,16 +42,16 @@ def unipc(
         x = X
         if i > 0 and i - 1 not in disable_corrector:
             # From the point before (base, its prediction H0) to this one, whose prediction X0 is the newest node.
-            x = _update(past[0], s, BASE, [H0, H1, H2], past[1:last_order], solver_type, corrector=X0)
+            x = unified_step(past[0], s, BASE, [H0, H1, H2], past[1:last_order], solver_type, corrector=X0)
         last_order = min(order, i + 1, steps - i if lower_order_final else order)
         if t.sigma == 0 and not lower_order_final:
             last_order = 1  # there x_0 itself is the answer, and the higher orders divide by h = infinity
-        ahead = _update(s, t, x, [X0, H0, H1], past[: last_order - 1], solver_type)
+        ahead = unified_step(s, t, x, [X0, H0, H1], past[: last_order - 1], solver_type)
         rows.append(row(schedule, s, ahead, clip=clip, push=X0, base=x))
     return Table(rows, initial_scale(schedule, points[0]), name="unipc")
 
 
-def _update(
+def unified_step(
     s: Point, t: Point, x: Weights, data: list[Weights], older: list[Point], kind: str, corrector: Weights | None = None
 ) -> Weights:
     """From x at s to t. data: the x_0 predictions at s and at the `older` points before it; corrector: the one at t.

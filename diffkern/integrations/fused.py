@@ -1,0 +1,194 @@
+"""What all fused schedulers share: from a row of coefficients to one `sampler_step`, and the noise in it.
+
+A family's `fused_step` says which row a call is and which of the scheduler's tensors it reads. Rows are made in float64
+from the scheduler's own noise levels when they are first needed, and stay on the device: a loop that steps through them
+never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from numpy.linalg import LinAlgError
+from torch import Tensor
+
+from diffkern.layout import accumulate
+from diffkern.ops.randn import noise_keys
+from diffkern.ops.sampler_step import C_IN, NEXT, TERMS, WIDTH, sampler_step
+from diffkern.samplers.grid import Point
+from diffkern.samplers.table import END, H2, Row, Weights
+
+# What a step depends on beside its arguments. A change makes another tensor, another config or another version.
+_LEVELS = ("sigmas", "timesteps", "alphas_cumprod", "final_alpha_cumprod")
+_SETTINGS = ("_internal_dict", "num_inference_steps", "variance_type", "predict_x0")
+
+
+class Result(NamedTuple):
+    """prev_sample in the dtype asked for; the other two, in float32, are empty unless a row has them."""
+
+    prev_sample: Tensor
+    base: Tensor
+    history: Tensor
+
+
+class Levels:
+    """The noise levels of a scheduler on the host, read once, and the rows made from them so far."""
+
+    def __init__(self, sources: tuple[Any, ...], reason: str | None, last: Levels | None) -> None:
+        self.sources, self.versions, self.reason = sources, _versions(sources), reason
+        on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[: len(_LEVELS)]]
+        self.host_timesteps = on_host[1]
+        self.values: tuple[Any, ...] = tuple([] if t is None else t.tolist() for t in on_host)
+        self.sigmas, self.timesteps, self.alphas_cumprod, final = self.values
+        self.final_alpha_cumprod: float = final or 1.0  # DDPM has none, and ends without noise
+        # Timesteps that are set anew are most often the same.
+        settings = slice(len(_LEVELS), None)
+        same = (
+            last is not None and last.values == self.values and all(map(is_, last.sources[settings], sources[settings]))
+        )
+        self.rows: dict[Hashable, Tensor] = last.rows if last is not None and same else {}
+
+    def holds(self, sources: tuple[Any, ...]) -> bool:
+        return all(map(is_, self.sources, sources)) and self.versions == _versions(sources)
+
+
+def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(s._version if isinstance(s, Tensor) else None for s in sources)
+
+
+class FusedScheduler:
+    """Mixed into a diffusers scheduler, which owns config, timesteps and state."""
+
+    output = "SchedulerOutput"
+    fused_step: Callable[..., tuple[Tensor, ...]]  # the arguments of `step` by their names -> the fields of its output
+    counter_seed: int | None = None  # None: diffusers' own noise
+    _levels: Levels | None = None
+
+    @classmethod
+    def why_not(cls, scheduler: Any) -> str | None:
+        """The reason that a scheduler's options are not a table of coefficients, or None."""
+        raise NotImplementedError
+
+    def is_regular(self, call: dict[str, Any]) -> bool:
+        """Whether a row describes this call of `step`; it has the arguments by their names."""
+        raise NotImplementedError
+
+    def noise_levels(self) -> list[Point]:
+        """The points whose alpha and sigma `add_noise` looks up."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the rows, which are made again."""
+        return {name: value for name, value in vars(self).items() if name != "_levels"}
+
+    @property
+    def levels(self) -> Levels:
+        """As of the last `look`."""
+        assert self._levels is not None
+        return self._levels
+
+    def look(self) -> Levels:
+        """Read the noise levels, if others were set since. At the start of every call: it is what makes rows true."""
+        state = vars(self)
+        sources = tuple(map(state.get, (*_LEVELS, *_SETTINGS)))
+        if self._levels is None or not self._levels.holds(sources):
+            self._levels = Levels(sources, self.why_not(self), self._levels)
+        return self._levels
+
+    def apply(
+        self,
+        key: Hashable,
+        make: Callable[[], Row],
+        m: Tensor,
+        x: Tensor,
+        *,
+        dtype: torch.dtype,
+        noise: Tensor | None = None,
+        draw: int = 0,
+        base: Tensor | None = None,
+        h0: Tensor | None = None,
+        h1: Tensor | None = None,
+        h2: Tensor | None = None,
+    ) -> Result:
+        """One `sampler_step` with the row of `key`, made by `make` when it is new.
+
+        noise: what a noisy row adds; without it the op draws the counter noise number `draw`. dtype: of prev_sample.
+        Raises ValueError unless model output and sample have one shape."""
+        if m.shape != x.shape:
+            raise ValueError(f"model_output must have the shape of sample, {list(x.shape)}, not {list(m.shape)}")
+        acc = accumulate(torch.promote_types(m.dtype, x.dtype))
+
+        def state(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(acc)
+
+        given = noise is not None
+        table = self._row(
+            (key, given, draw), lambda: _with_given_noise(make()) if given else make(), draw, x.device, acc
+        )
+        keys = None
+        if not given and draw:
+            keys = self._kept(("keys", len(x), x.device), lambda: noise_keys(self._seed(), len(x), x.device))
+        first = self._kept(("first", len(x), x.device), lambda: torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        # Given noise goes in as the oldest history entry, which no sampler with noise reads.
+        past = (state(base), state(h0), state(h1), state(noise if given else h2))
+        x_next, as_model, base_next, h_next = sampler_step(state(x), m, table, first, keys, None, *past)
+        return Result(as_model if dtype == m.dtype else x_next.to(dtype), base_next, h_next)
+
+    def draw_noise(self, m: Tensor, generator: Any, dtype: torch.dtype) -> Tensor | None:
+        """The noise that diffusers would draw for a step, or None when the op is to draw it."""
+        if self.counter_seed is not None:
+            return None
+        from diffusers.utils.torch_utils import randn_tensor
+
+        return randn_tensor(m.shape, generator=generator, device=m.device, dtype=dtype)
+
+    def mix(self, original: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """alpha original + sigma noise at the `noise_levels` of index: int64 [B] or [1]."""
+
+        def make() -> Tensor:
+            points = torch.tensor([(p.alpha, p.sigma) for p in self.noise_levels()], dtype=torch.float64)
+            data = torch.zeros(len(points) + 1, WIDTH, dtype=torch.float64)
+            data[:-1, NEXT + TERMS.index("x")], data[:-1, NEXT + TERMS.index("m")] = points.unbind(-1)
+            data[:, C_IN] = 1.0
+            return data.to(original.device, acc, non_blocking=True)
+
+        self.look()
+        dtype = torch.promote_types(original.dtype, noise.dtype)
+        acc = accumulate(dtype)
+        table = self._kept(("mix", original.device, acc), make)
+        row = index.to(original.device, torch.int64).flatten().expand(len(original)).contiguous()
+        x_t, as_noise = sampler_step(original.to(acc), noise, table, row)[:2]
+        return as_noise if dtype == noise.dtype else x_t.to(dtype)
+
+    def _seed(self) -> int:
+        assert self.counter_seed is not None, "a noisy row without noise"
+        return self.counter_seed
+
+    def _row(self, key: Hashable, make: Callable[[], Row], draw: int, device: torch.device, acc: torch.dtype) -> Tensor:
+        """float32 (or float64) [2, 32] on the device: the row, and the end of its table."""
+
+        def on_device() -> Tensor:
+            try:
+                row = make()
+            except (ZeroDivisionError, LinAlgError):
+                raise ValueError(
+                    f"{type(self).__name__} needs noise levels that differ from step to step: take fewer steps"
+                ) from None
+            row.check(type(self).__name__, 0)
+            return torch.tensor([row.columns(draw), END], dtype=acc).to(device, non_blocking=True)
+
+        return self._kept((key, device, acc), on_device)
+
+    def _kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        rows = self.levels.rows
+        if key not in rows:
+            rows[key] = make()
+        return rows[key]
+
+
+def _with_given_noise(row: Row) -> Row:
+    return replace(row, next=Weights(row.next) + row.noise * H2, noise=0.0)
