@@ -54,6 +54,28 @@ def test_the_samples_named_for_it_take_it(calls, dtype):
     assert len(calls) == len(samples)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "native", "amx", "few", "many"),
+    [
+        (torch.float32, True, False, 2, 2),
+        (torch.bfloat16, False, False, 4, 2),
+        (torch.bfloat16, True, False, 4, 0),  # AVX512_BF16
+        (torch.bfloat16, True, True, 0, 0),
+        (torch.float16, False, True, 4, 2),
+    ],
+)
+def test_the_tile_depends_on_what_the_cpu_multiplies(monkeypatch, dtype, native, amx, few, many):
+    """few: channels of a picture of 16 x 16, whose weights stay in a cache. many: ones that do not."""
+    monkeypatch.setattr(winograd, "compute_dtype", lambda dtype, convolution: dtype if native else torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    for channels, expected in ((256, few), (1280, many)):
+        weight = torch.empty(channels, channels, 3, 3, device="meta", dtype=dtype)
+        assert winograd.tile(weight, 1, ONE, False, (16, 16), dtype) == expected
+        assert winograd.tile(weight, 1, ONE, False, (4, 4), dtype) == (2 if expected == 4 and not native else many)
+        assert winograd.tile(weight, 2, ONE, False, (16, 16), dtype) == 0
+        assert winograd.tile(weight, 1, (0, 1, 0, 1), True, (16, 16), dtype) == 0
+
+
 def integers(*shape: int, most: int, seed: int) -> torch.Tensor:
     return torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 

@@ -207,9 +207,9 @@ class DPMSolverSinglestep(MultistepScheduler):
     def _row_of(self, i: int, order: int) -> Row:
         p, t, nodes, newest = self.at(i), self.target(i), self.nodes(i, order), self.newest(self.at(i))
         s, exact, sde = nodes[-1], self.config.solver_type == "heun", self.config.algorithm_type.startswith("sde")
-        x, first, slopes = (
-            (X, newest, [])[:3] if order == 1 else (BASE, (H0, H1)[order - 2], self._slopes(nodes, t, newest))
-        )
+        x, first, slopes = X, newest, list[Weights]()
+        if order > 1:
+            x, first, slopes = BASE, (H0, H1)[order - 2], self._slopes(nodes, t, newest)
         shift = -0.5 if sde else 0.5  # as in DPMSolver
         x, noise = solver_step(s, t, x, first, slopes, exact=exact or order == 3, sde=sde, curvature_shift=shift)
         return Row(0.0, self.x0(p), x, noise=noise, push=newest)
