@@ -131,6 +131,15 @@ def test_threads_and_neighbours_change_no_bit(pixels, upsample):
     assert torch.equal(one, alone)
 
 
+def test_batch_invariant_leaves_its_batches_whole(calls):
+    """It is anyway; one sample at a time would only cost time."""
+    x, weight = make((3, 64, 8, 8), "cpu", torch.float32), make((64, 64, 3, 3), "cpu", torch.float32, seed=1)
+    with diffkern.batch_invariant():
+        together, alone = diffkern.conv2d(x, weight), diffkern.conv2d(x[1:2], weight)
+    assert [len(args[0]) for args in calls] == [3, 1]
+    assert torch.equal(together[1:2], alone)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @forms
 def test_what_is_not_finite_stays_where_it_belongs(value, pixels, upsample):

@@ -20,6 +20,7 @@ namespace {
 
 constexpr const char* kOp = "diffkern::attention";
 constexpr int64_t kQueries = 64;    // in a block
+constexpr int64_t kDepth = 128;     // words of a score that are summed at once: one longer chain would lose digits
 constexpr int64_t kHeld = 1 << 18;  // words: the keys of a head, or its values, that stay in a cache
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
 static_assert(kKeys % 2 == 0);  // so that only the last key of all can be without a second one in its word
@@ -97,8 +98,11 @@ void attend(const Problem& p, const Panel& panel, int64_t keys, const typename W
             float* scores, Masked mask) {
   const auto vectors = [](float* x) { return reinterpret_cast<Vector*>(x); };
   const int64_t words = words_of<W>(p.dim);
-  const auto scaled = [&](Vector& to, Vector sum, int) { to = sum * p.scale; };
-  product<V>(keys, k, p.apart(words), 1, vectors(panel.query), words, scaled, vectors(scores));
+  for (int64_t i = 0; i < words; i += kDepth) {
+    const auto scaled = [&](Vector& to, Vector sum, int) { to = i == 0 ? sum * p.scale : to + sum * p.scale; };
+    product<V>(keys, k + i, p.apart(words), 1, vectors(panel.query) + i * V, std::min(kDepth, words - i), scaled,
+               vectors(scores));
+  }
   mask();
   const int64_t rows = soften<W, V>(panel, keys, scores);
   const Vector* decay = vectors(panel.decay);

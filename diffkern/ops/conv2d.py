@@ -226,6 +226,10 @@ def _(
     run: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None,
     add: Tensor | None, residual: Tensor | None, activation: str, upsample: bool,
 ) -> Tensor:  # fmt: skip
+    if run.name == "cpu":
+        _, _, *size = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
+        if winograd.tile(weight, stride, _sides(padding, weight), upsample, (size[0], size[1]), x.dtype):
+            return run(x, weight, bias, stride, padding, add, residual, activation, upsample)  # our own kernel
     return apart(lambda x, a, r: run(x, weight, bias, stride, padding, a, r, activation, upsample), x, add, residual)
 
 
