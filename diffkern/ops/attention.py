@@ -131,8 +131,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("no key", 2, 3, 0, 2, 8)
     for dim in (32, 33, 40, 72, 80, 160):  # one tile and more; queries in all widths of vectors, keys in two blocks
         yield sample(f"{dim} a head", 1, 83, 101, 1, dim, packed=True)
-    yield sample("256 a head", 1, 256, 256, 1, 256)  # sums of so many products, in how many parts?
     yield sample("512 a head", 1, 18, 33, 1, 512)
+    yield sample("512 a head, far apart", 1, 33, 130, 1, 512, spread=10.0)  # what one sum of 512 products would lose
     # Scores up to 100: the exponential of them overflows, and what is not near the maximum is zero.
     yield sample("far apart", 2, 33, 130, 2, 16, spread=30.0)
     for mask in masks:
