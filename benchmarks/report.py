@@ -46,6 +46,7 @@ def networks_summary(records: list[dict[str, Any]]) -> str:
         r, v = record["results"], record["results"]["variants"]
         if machine != (machine := where(record["machine"])):
             lines += [
+                *([""] if lines else []),
                 f"{machine}. How many times as fast as each rival, the faster of its forms:",
                 "",
                 "| | diffkern | torch.compile | diffusers | OpenVINO | first call: diffkern, torch.compile |"
@@ -53,12 +54,12 @@ def networks_summary(records: list[dict[str, Any]]) -> str:
                 "|---|---|---|---|---|---|---|",
             ]
         ours = v["diffkern"]
-        compiled = [v[n]["first call, seconds"] for n in COMPILED if n in v]
+        compiled = min((v[n]["first call, seconds"] for n in COMPILED if n in v), default=None)
         eager = [v[n]["peak memory, MB"] for n in EAGER if n in v]
         lines.append(
             f"| {r['network']}, {r['dtype']} | {ours['ms']['median']:.0f} ms | {_best(v, COMPILED)} | "
             f"{_best(v, EAGER)} | {_best(v, ('OpenVINO',))} | "
-            f"{ours['first call, seconds']:.1f} s, {min(compiled, default=0):.0f} s | "
+            f"{ours['first call, seconds']:.1f} s, {'-' if compiled is None else f'{compiled:.0f} s'} | "
             f"{ours['peak memory, MB']} MB, {min(eager, default=0)} MB |"
         )
     meant = {r["results"]["network"]: r["results"]["what"] for r in records}
