@@ -43,7 +43,7 @@ def tile(
         return 2
     native = compute_dtype(dtype, convolution=True) == dtype
     # Weights of 4 x 4 tiles are 36 float32 for 9 numbers. They are read once for a block of tiles: that pays if they
-    # stay in the cache, or if there are many tiles. Nobody has timed it against AMX, which is eight times as fast.
+    # stay in the cache, or if there are many tiles. It has not been timed against AMX.
     many = min(size) >= 8 and (n * channels <= 1 << 17 or size[0] * size[1] >= 1024)
     if many and not (native and torch.cpu._is_amx_tile_supported()):
         return 4
