@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from diffkern.integrations.alpha_schedulers import DDIM, DDPM, LCM, PNDM
-from diffkern.integrations.fused import FusedScheduler
-from diffkern.integrations.multistep_schedulers import DEIS, DPMSolver, DPMSolverSinglestep, EDMDPMSolver
-from diffkern.integrations.sigma_schedulers import EDMEuler, Euler, EulerAncestral, FlowMatchEuler, Heun
-from diffkern.integrations.unipc_scheduler import UniPC
+from diffkern.integrations.schedulers.alpha import DDIM, DDPM, LCM, PNDM
+from diffkern.integrations.schedulers.fused import FusedScheduler
+from diffkern.integrations.schedulers.multistep import DEIS, DPMSolver, DPMSolverSinglestep, EDMDPMSolver
+from diffkern.integrations.schedulers.sigma import EDMEuler, Euler, EulerAncestral, FlowMatchEuler, Heun
+from diffkern.integrations.schedulers.unipc import UniPC
 from diffkern.schedules import one_of
 
 FUSED: dict[str, type[FusedScheduler]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.integrations.fused import FusedScheduler
+from diffkern.integrations.schedulers.fused import FusedScheduler
 from diffkern.samplers.euler import ancestral, euler_step
 from diffkern.samplers.grid import Point, point
 from diffkern.samplers.heun import average_slope

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.integrations.fused import Result
-from diffkern.integrations.sigma_schedulers import AddsNoise, edm_reason, edm_x0
+from diffkern.integrations.schedulers.fused import Result
+from diffkern.integrations.schedulers.sigma import AddsNoise, edm_reason, edm_x0
 from diffkern.samplers.deis import deis_step
 from diffkern.samplers.dpm_solver import slopes_of_past, solver_step
 from diffkern.samplers.grid import Point

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.integrations.fused import FusedScheduler
+from diffkern.integrations.schedulers.fused import FusedScheduler
 from diffkern.samplers.ddpm import ddim_step, posterior, step_variance
 from diffkern.samplers.grid import Point
 from diffkern.samplers.lcm import consistency

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffkern.integrations.multistep_schedulers import MultistepScheduler
+from diffkern.integrations.schedulers.multistep import MultistepScheduler
 from diffkern.samplers.table import BASE, H0, H1, H2, Row, X
 from diffkern.samplers.unipc import unified_step
 

@@ -1,0 +1,1 @@
+"""The families of fused diffusers schedulers."""
