@@ -22,7 +22,7 @@ from typing import Any
 
 import record
 import torch
-from networks import NETWORKS, Network, Run
+from networks import NETWORKS, Network, Prepare, Run, accelerated, as_loaded, channels_last
 from torch import nn
 
 import diffkern
@@ -31,13 +31,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SLOW = 3.0  # seconds of a call: above, there are fewer of them
 
 
-def _theirs(channels_last: bool, mode: str = "") -> Callable[[Network, Path, torch.dtype], Run]:
+def _theirs(prepare: Prepare, mode: str = "") -> Callable[[Network, Path, torch.dtype], Run]:
     """diffusers, eager or under torch.compile in a mode."""
 
     def change(model: nn.Module) -> Any:
         return torch.compile(model, mode=mode) if mode else model
 
-    return lambda network, folder, dtype: network.theirs(folder, dtype, channels_last, change)
+    return lambda network, folder, dtype: network.theirs(folder, dtype, prepare, change)
 
 
 def _invariant(network: Network, folder: Path, dtype: torch.dtype) -> Run:
@@ -67,16 +67,18 @@ def _openvino(network: Network, folder: Path, dtype: torch.dtype) -> Run:
 
         return call
 
-    return network.theirs(folder, torch.float32, False, change)
+    return network.theirs(folder, torch.float32, as_loaded, change)
 
 
 VARIANTS: dict[str, Callable[[Network, Path, torch.dtype], Run]] = {
     "diffkern": lambda n, folder, dtype: n.ours(folder, dtype),
     "diffkern, batch_invariant": _invariant,
-    "diffusers": _theirs(channels_last=False),
-    "diffusers, channels_last": _theirs(channels_last=True),
-    "torch.compile": _theirs(channels_last=True, mode="default"),
-    "torch.compile, max-autotune": _theirs(channels_last=True, mode="max-autotune"),
+    "diffusers": _theirs(as_loaded),
+    "diffusers, channels_last": _theirs(channels_last),
+    "diffusers, accelerated": _theirs(accelerated),
+    "diffusers, accelerated, torch.compile": _theirs(accelerated, mode="default"),
+    "torch.compile": _theirs(channels_last, mode="default"),
+    "torch.compile, max-autotune": _theirs(channels_last, mode="max-autotune"),
     "OpenVINO": _openvino,
 }
 

@@ -19,26 +19,39 @@ import diffkern
 from diffkern.models.bundle import ASSETS
 
 Run = Callable[[], Tensor]
-Change = Callable[[nn.Module], Any]  # what is done to a diffusers model before it is called
+Prepare = Callable[[Any], Any]  # what is done to a diffusers model once it is loaded
+Change = Callable[[nn.Module], Any]  # what is called in its place
 
 
 class Network(NamedTuple):
     """what: one run of it, in words. make: writes its folder. ours, theirs: a run, from the folder and a dtype; theirs
-    in channels_last or not."""
+    as one of the ways below prepares it."""
 
     what: str
     make: Callable[[Path], None]
     ours: Callable[[Path, torch.dtype], Run]
-    theirs: Callable[[Path, torch.dtype, bool, Change], Run]
+    theirs: Callable[[Path, torch.dtype, Prepare, Change], Run]
+
+
+def as_loaded(model: Any) -> Any:
+    return model
+
+
+def channels_last(model: Any) -> Any:
+    return model.to(memory_format=torch.channels_last)
+
+
+def accelerated(model: Any) -> Any:
+    diffkern.accelerate(model)
+    return model
 
 
 # Variants share what they can: several copies of a large network would not fit into memory.
 @functools.cache
-def _load(kind: str, folder: str, dtype: torch.dtype, channels_last: bool) -> Any:
+def _load(kind: str, folder: str, dtype: torch.dtype, prepare: Prepare) -> Any:
     import diffusers
 
-    model = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype).eval()
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    return prepare(getattr(diffusers, kind).from_pretrained(folder, torch_dtype=dtype).eval())
 
 
 @functools.cache
@@ -72,8 +85,8 @@ def _network(what: str, kind: str, config: dict[str, Any], inputs: Callable[[], 
         call, args = getattr(_load_ours(kind, folder, dtype), method), given(dtype)
         return lambda: call(*args)
 
-    def theirs(folder: Path, dtype: torch.dtype, channels_last: bool, change: Change) -> Run:
-        call, args = change(_First(_load(kind, str(folder), dtype, channels_last), method)), given(dtype)
+    def theirs(folder: Path, dtype: torch.dtype, prepare: Prepare, change: Change) -> Run:
+        call, args = change(_First(_load(kind, str(folder), dtype, prepare), method)), given(dtype)
         return lambda: call(*args)
 
     return Network(what, _random(kind, config), ours, theirs)
@@ -114,13 +127,13 @@ class Emoji:
         return lambda: diffkern.sample(diffusion.model, table, cls.N, **options)
 
     @classmethod
-    def theirs(cls, folder: Path, dtype: torch.dtype, channels_last: bool, change: Change) -> Run:
+    def theirs(cls, folder: Path, dtype: torch.dtype, prepare: Prepare, change: Change) -> Run:
         """The loop that a diffusers user writes, with the same initial noise."""
         import diffusers
 
         source = str(ASSETS / "emoji-32")
-        model = _load("UNet2DModel", source, dtype, channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        model = _load("UNet2DModel", source, dtype, prepare)
+        layout = torch.channels_last if prepare is channels_last else torch.contiguous_format
         scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
             diffusers.DDPMScheduler.load_config(source), timestep_spacing="trailing", final_sigmas_type="zero"
         )

@@ -1,6 +1,7 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
 from diffkern.choice import explain
+from diffkern.integrations.accelerate import accelerate, restore
 from diffkern.invariant import batch_invariant
 from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
@@ -47,6 +48,7 @@ __all__ = [
     "Table",
     "UNet2D",
     "UNet2DCondition",
+    "accelerate",
     "add_noise",
     "attention",
     "batch_invariant",
@@ -64,6 +66,7 @@ __all__ = [
     "qk_norm_rope",
     "randn",
     "reparameterize",
+    "restore",
     "rms_norm",
     "sample",
     "sampler_step",

@@ -1,0 +1,169 @@
+"""A diffusers pipeline, or a model, made faster in place: `diffkern.accelerate(pipe)`.
+
+Computations are replaced, never weights: a module becomes a subclass of its own class (see `modules.base`), the
+scheduler a fused one. `restore` gives them their own classes back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections import Counter
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from diffkern.integrations.diffusers import FUSED, fused_class
+from diffkern.integrations.modules import PARTS
+from diffkern.integrations.modules.base import Accelerated, accelerated_class, put_back
+from diffkern.integrations.report import Report
+from diffkern.integrations.schedulers.fused import FusedScheduler
+from diffkern.op import BackendError, availability, use_backend
+
+# The versions of diffusers that this was tested with, the first and the last.
+TESTED = ((0, 35), (0, 42))
+# Modules with parameters for which PyTorch's own kernels are as fast.
+AS_FAST = ("LayerNorm", "FP32LayerNorm", "Embedding")
+
+
+def accelerate(pipe_or_module: Any, *, backend: str = "auto", schedulers: bool = True, strict: bool = False) -> Report:
+    """Run a diffusers pipeline or model in diffkern's ops, in place, with the same results up to rounding.
+
+    pipe_or_module: a diffusers pipeline, whose diffusers models are accelerated, or any module. backend: of the ops;
+    "auto" takes the fastest for each call. schedulers: whether the scheduler of a pipeline steps in one op. strict:
+    raise, before anything is changed, if a part of a diffusers model or the scheduler would be left as it is.
+
+    Weights, hooks and config stay the same objects. What is changed later (weights in place, LoRA layers, attention
+    processors) shows in the next call. Calls that need gradients run as before. Returns a Report of what was replaced
+    and what was not; a second call replaces the first. Raises TypeError for another object, ValueError for a backend
+    of another name or, if strict, for what would be left, BackendError for a backend that cannot run here."""
+    with use_backend(backend):  # raises for another name
+        pass
+    if backend != "auto" and (reason := availability(backend)) is not None:
+        raise BackendError(f"backend {backend!r} was asked for but {reason}")
+    parts, scheduler, others = _taken_apart(pipe_or_module)
+    _check_version()
+    plan: list[tuple[nn.Module, Any]] = []
+    replaced: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    left: Counter[tuple[str, str, bool]] = Counter(others)
+    for module in parts:
+        name = type(module).__name__
+        plain: Any = getattr(type(module), "plain", type(module))
+        part = _registry().get(plain)
+        reason = _why_left(module) if part is None else part.why_not(module)
+        if part is not None and reason is None and _is_hooked(module):
+            reason = "another library has replaced its forward"
+        if part is not None and reason is None:
+            plan.append((module, accelerated_class(part, plain, backend)))
+            replaced[name, part.ops] += 1
+        elif reason is not None:
+            left[name, reason, name not in AS_FAST and any(True for _ in module.parameters())] += 1
+    fused = None
+    if schedulers and scheduler is not None:
+        name, reason = type(scheduler).__name__, _why_not_fused(scheduler)
+        if reason is None:
+            own: Any = type(scheduler)
+            fused = own if isinstance(scheduler, FusedScheduler) else fused_class(own)
+            replaced[name, ("sampler_step",)] += 1
+        else:
+            left[name, reason, True] += 1
+    report = Report.of(replaced, left)
+    if strict and report.missed:
+        missed = ", ".join(f"{entry.count} {entry.name} ({entry.reason})" for entry in report.missed)
+        raise ValueError(f"strict=True leaves nothing as it is, but diffkern would leave {missed}")
+    for module, cls in plan:
+        module.__class__ = cls
+    if fused is not None:
+        scheduler.__class__ = fused
+    return report
+
+
+def restore(pipe_or_module: Any) -> None:
+    """Undo `accelerate`: every module and the scheduler, also one that was fused by itself, get their own classes back.
+    Raises TypeError for another object."""
+    parts, scheduler, _ = _taken_apart(pipe_or_module)
+    for module in parts:
+        if isinstance(module, Accelerated):
+            put_back(module)
+    if isinstance(scheduler, FusedScheduler):
+        for name in ("_levels", "counter_seed"):
+            vars(scheduler).pop(name, None)
+        scheduler.__class__ = type(scheduler).__bases__[-1]
+
+
+def _taken_apart(pipe_or_module: Any) -> tuple[list[nn.Module], Any, Counter[tuple[str, str, bool]]]:
+    """The modules of a pipeline's diffusers models, or of a module, each once; the scheduler, or None; and what else a
+    pipeline computes with."""
+    try:
+        diffusers: Any = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise ImportError("accelerate needs diffusers: pip install 'diffkern[diffusers]'") from error
+    others: Counter[tuple[str, str, bool]] = Counter()
+    if isinstance(pipe_or_module, nn.Module):
+        return list(pipe_or_module.modules()), None, others
+    if not isinstance(pipe_or_module, diffusers.DiffusionPipeline):
+        raise TypeError(f"accelerate takes a diffusers pipeline or a module, not a {type(pipe_or_module).__name__}")
+    modules: dict[nn.Module, None] = {}
+    for component in pipe_or_module.components.values():
+        for model in component if isinstance(component, (list, tuple)) else (component,):
+            if isinstance(model, diffusers.ModelMixin):
+                modules.update(dict.fromkeys(model.modules()))
+            elif isinstance(model, nn.Module):
+                others[type(model).__name__, "it is not a model of diffusers", False] += 1
+    return list(modules), getattr(pipe_or_module, "scheduler", None), others
+
+
+@functools.cache
+def _registry() -> dict[Any, Any]:
+    """What stands in for which class. One that the installed diffusers does not have is left out."""
+    found: dict[Any, Any] = {}
+    for part in PARTS:
+        for path in part.replaces:
+            module, name = path.rsplit(".", 1)
+            try:
+                found[getattr(importlib.import_module(module), name)] = part
+            except (ImportError, AttributeError):
+                continue
+    return found
+
+
+def _why_left(module: nn.Module) -> str | None:
+    """Why a module that nothing stands in for runs as it is, or None for one that only calls others."""
+    if type(module).__name__ in AS_FAST:
+        return "PyTorch's own kernel is as fast"
+    if hasattr(module, "processor"):
+        return f"its processor is {type(module.processor).__name__}"
+    is_leaf = next(module.children(), None) is None
+    return "there is no op for it" if is_leaf and next(module.parameters(), None) is not None else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a forward of its own, as of an offload hook, hides that of its class."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def _why_not_fused(scheduler: Any) -> str | None:
+    import diffusers
+
+    name = type(scheduler).__name__
+    known = isinstance(scheduler, FusedScheduler) or (
+        name in FUSED and getattr(diffusers, name, None) is type(scheduler)
+    )
+    return FUSED[name].why_not(scheduler) if known else "its steps are no table of coefficients that diffkern has"
+
+
+@functools.cache
+def _check_version() -> None:
+    """Warn, once, of a version that nobody has tried."""
+    installed = version("diffusers")
+    numbers = tuple(int(n) for n in installed.split(".")[:2])
+    if not TESTED[0] <= numbers <= TESTED[1]:
+        first, last = (".".join(map(str, v)) for v in TESTED)
+        warnings.warn(
+            f"diffkern was tested with diffusers {first} to {last}, not with {installed}: parts that have changed may "
+            "run as they are, or fail",
+            stacklevel=3,
+        )
