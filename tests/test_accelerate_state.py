@@ -233,3 +233,19 @@ def test_compiled_after_accelerate_is_the_same() -> None:
     want = run(model, "DDPM")
     torch.compiler.reset()
     assert delta(run(torch.compile(model), "DDPM"), want) <= 1e-4
+
+
+def test_offload_hooks_of_accelerate() -> None:
+    """Its hooks on every layer, as for sequential offload, put on an accelerated model and taken off again."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, want = accelerated(), run(make(NAME), NAME)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu", offload=True))
+    assert model.conv_in.weight.device.type == "meta"
+    assert delta(run(model, NAME), want) <= 1e-4
+    hooks.remove_hook_from_submodules(model)
+    assert model.conv_in.weight.device.type == "cpu"
+    assert delta(run(model, NAME), want) <= 1e-4
+    diffkern.restore(model)
+    assert torch.equal(run(model, NAME), want)
