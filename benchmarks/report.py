@@ -17,6 +17,7 @@ BEGIN, END = "<!-- figures: python benchmarks/report.py -->\n", "<!-- end of fig
 OURS = ("cuda", "triton", "cpu")
 COMPILED = ("torch.compile", "torch.compile, max-autotune")
 EAGER = ("diffusers", "diffusers, channels_last")
+ACCELERATED = "diffusers, accelerated"
 
 
 def load(name: str) -> list[dict[str, Any]]:
@@ -64,6 +65,36 @@ def networks_summary(records: list[dict[str, Any]]) -> str:
         )
     meant = {r["results"]["network"]: r["results"]["what"] for r in records}
     return "\n".join([*lines, "", "; ".join(f"{name}: {what}" for name, what in meant.items()) + ".", ""])
+
+
+def accelerated_summary(records: list[dict[str, Any]]) -> str:
+    """A line a network and dtype in which accelerated diffusers was timed, machine by machine."""
+    lines: list[str] = []
+    machine = ""
+    for record in records:
+        r, v = record["results"], record["results"]["variants"]
+        if ACCELERATED not in v:
+            continue
+        if machine != (machine := where(record["machine"])):
+            lines += [
+                *([""] if lines else []),
+                f"{machine}. `diffkern.accelerate` beside diffusers as it is loaded: how many times as fast, also as"
+                " torch.compile; with torch.compile as well; as diffkern's own model:",
+                "",
+                "| | diffusers | accelerated | times as fast | torch.compile | both | own |",
+                "|---|---|---|---|---|---|---|",
+            ]
+        ours = v["diffkern"]["ms"]["median"]
+        ms = {name: v[name]["ms"]["median"] for name in v}
+        fast = ms[ACCELERATED]
+        compiled = min((ms[n] for n in COMPILED if n in ms), default=None)
+        both = ms.get(f"{ACCELERATED}, torch.compile")
+        lines.append(
+            f"| {r['network']}, {r['dtype']} | {ms['diffusers']:.0f} ms | {fast:.0f} ms | "
+            f"{ms['diffusers'] / fast:.2f} | {'-' if compiled is None else f'{compiled / fast:.2f}'} | "
+            f"{'-' if both is None else f'{both:.0f} ms'} | {ours / fast:.2f} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def network(record: dict[str, Any]) -> str:
@@ -160,7 +191,12 @@ def readme_with_figures() -> str:
     """README.md as it should be."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    parts = [networks_summary(load("end_to_end-*")), *(ops_summary(*item) for item in _machines().items())]
+    networks = load("end_to_end-*")
+    parts = [
+        networks_summary(networks),
+        accelerated_summary(networks),
+        *(ops_summary(*item) for item in _machines().items()),
+    ]
     return before + BEGIN + "\n".join(parts) + END + rest.split(END)[1]
 
 

@@ -9,7 +9,6 @@ accelerated.png, and prints what was replaced.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def main() -> None:
     try:
         plain = draw("plain")
     except (TypeError, ValueError) as error:
-        sys.exit(f"{type(pipe).__name__} does not take these arguments: {error}")
+        parser.error(f"{type(pipe).__name__} does not take these arguments: {error}")
     print(diffkern.accelerate(pipe))
     accelerated = draw("accelerated")
     print(f"plain {plain:.1f} s, accelerated {accelerated:.1f} s, first call included: {plain / accelerated:.2f} times")

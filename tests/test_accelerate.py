@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import diffkern
+from diffkern.integrations.accelerate import _check_version
 from diffkern.integrations.modules.base import Accelerated
 from diffkern.op import Op, forced_backend
 
@@ -115,3 +118,25 @@ def test_backend_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_input(arguments: tuple[Any, ...], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         diffkern.accelerate(arguments[0], **dict(zip(["backend"], arguments[1:], strict=False)))
+
+
+def test_missing_diffusers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r"^accelerate needs diffusers: pip install 'diffkern\[diffusers\]'$"):
+        diffkern.accelerate(nn.Conv2d(1, 1, 1))
+
+
+def test_unknown_version_warns_once_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("DDPM")
+    want = run(model, "DDPM")
+    monkeypatch.setattr("diffkern.integrations.accelerate.version", lambda name: "0.99.0.dev0")
+    _check_version.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"tested with diffusers 0\.35 to 0\.42, not with 0\.99\.0\.dev0"):
+            diffkern.accelerate(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            diffkern.accelerate(model)
+    finally:
+        _check_version.cache_clear()
+    assert (run(model, "DDPM") - want).abs().max() <= 1e-4 * want.std()
