@@ -78,10 +78,10 @@ def accelerated_summary(records: list[dict[str, Any]]) -> str:
         if machine != (machine := where(record["machine"])):
             lines += [
                 *([""] if lines else []),
-                f"{machine}. `diffkern.accelerate` beside diffusers as it is loaded: how many times as fast, also as"
-                " torch.compile; with torch.compile as well; as diffkern's own model:",
+                f"{machine}. diffusers as it is loaded, after `diffkern.accelerate`, and under torch.compile too;"
+                " accelerated is how many times as fast as its rivals and as diffkern's own model:",
                 "",
-                "| | diffusers | accelerated | times as fast | torch.compile | both | own |",
+                "| | diffusers | accelerated | compiled too | of diffusers | of torch.compile | of diffkern's own |",
                 "|---|---|---|---|---|---|---|",
             ]
         ours = v["diffkern"]["ms"]["median"]
@@ -91,8 +91,8 @@ def accelerated_summary(records: list[dict[str, Any]]) -> str:
         both = ms.get(f"{ACCELERATED}, torch.compile")
         lines.append(
             f"| {r['network']}, {r['dtype']} | {ms['diffusers']:.0f} ms | {fast:.0f} ms | "
-            f"{ms['diffusers'] / fast:.2f} | {'-' if compiled is None else f'{compiled / fast:.2f}'} | "
-            f"{'-' if both is None else f'{both:.0f} ms'} | {ours / fast:.2f} |"
+            f"{'-' if both is None else f'{both:.0f} ms'} | {ms['diffusers'] / fast:.2f} | "
+            f"{'-' if compiled is None else f'{compiled / fast:.2f}'} | {ours / fast:.2f} |"
         )
     return "\n".join([*lines, ""])
 
