@@ -173,10 +173,10 @@ def test_other_timesteps_and_configs_make_other_rows(name: str) -> None:
 def test_a_second_run_takes_the_rows_of_the_first() -> None:
     fused, scheduler = fuse_scheduler(plain("DDIMScheduler")), plain("DDIMScheduler")
     x = start(fused)
-    first, rows = run(fused, x), fused.levels.rows
+    first, made = run(fused, x), fused.levels.made
     fused.set_timesteps(STEPS)
     assert delta(run(fused, x), first) == 0
-    assert fused.levels.rows is rows
+    assert fused.levels.made is made
     for s in (fused, scheduler):
         s.num_inference_steps = 2 * STEPS  # half the way of a step
     assert delta(run(fused, x), run(scheduler, x)) <= BOUND

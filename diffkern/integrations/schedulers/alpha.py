@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.integrations.schedulers.fused import FusedScheduler
+from diffkern.ops.sampler_step import MAKES_HISTORY
 from diffkern.samplers.ddpm import ddim_step, posterior, step_variance
 from diffkern.samplers.grid import Point
 from diffkern.samplers.lcm import consistency
@@ -96,7 +97,9 @@ class DDPM(AlphaScheduler):
         noise = self.draw_noise(model_output, generator, model_output.dtype) if t > 0 else None
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         draw = self._step_number(t) if t > 0 else 0
-        done = self.apply(t, make, model_output, sample, dtype=dtype, noise=noise, draw=draw, h0=sample)
+        done = self.apply(
+            t, make, model_output, sample, dtype=dtype, wide=False, also=MAKES_HISTORY, noise=noise, draw=draw
+        )
         return done.prev_sample, done.history.to(dtype)
 
     def _next(self, t: int) -> int:
@@ -135,7 +138,9 @@ class DDIM(AlphaScheduler):
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         key = (t, eta, bool(use_clipped_model_output))
         draw = self.levels.timesteps.index(t) + 1 if eta > 0 and noise is None else 0
-        done = self.apply(key, make, model_output, sample, dtype=dtype, noise=noise, draw=draw, h0=sample)
+        done = self.apply(
+            key, make, model_output, sample, dtype=dtype, wide=False, also=MAKES_HISTORY, noise=noise, draw=draw
+        )
         return done.prev_sample, done.history.to(dtype)
 
 
@@ -157,7 +162,9 @@ class LCM(AlphaScheduler):
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         noise = None if last else self.draw_noise(model_output, generator, dtype)
         draw = 0 if last else i + 1
-        done = self.apply((i, t), make, model_output, sample, dtype=dtype, noise=noise, draw=draw, h0=sample)
+        done = self.apply(
+            (i, t), make, model_output, sample, dtype=dtype, wide=False, also=MAKES_HISTORY, noise=noise, draw=draw
+        )
         self._step_index += 1
         return done.prev_sample, done.history.to(dtype)
 
@@ -198,7 +205,10 @@ class PNDM(AlphaScheduler):
             return self.row(p, transfer(self._kind(), p, self.at(end), H1, total if stage == 3 else M), push=total)
 
         dtype = torch.promote_types(m.dtype, x.dtype)
-        done = self.apply(("prk", self.counter, t), make, m, x, dtype=dtype, h0=so_far, h1=self.cur_sample)
+        done = self.apply(
+            ("prk", self.counter, t), make, m, x,
+            dtype=dtype, wide=False, also=MAKES_HISTORY, h0=so_far, h1=self.cur_sample,
+        )  # fmt: skip
         self.cur_model_output = 0 if stage == 3 else done.history
         return done.prev_sample
 
@@ -214,18 +224,18 @@ class PNDM(AlphaScheduler):
         def make() -> Row:
             p, s = self.at(start), self.at(start - self._stride())
             mean = (M + H0) / 2 if trapezoidal else adams_bashforth(order, M)
-            return self.row(p, transfer(self._kind(), p, s, H1 if trapezoidal else X, mean), push=M)
+            return self.row(p, transfer(self._kind(), p, s, H1 if trapezoidal else X, mean))
 
-        tensors = [past[-1], self.cur_sample] if trapezoidal else [*reversed(past)] or [m]
+        tensors = [past[-1], self.cur_sample] if trapezoidal else [*reversed(past)]
         slots: dict[str, Any] = dict(zip(("h0", "h1", "h2"), tensors, strict=False))
         dtype = torch.promote_types(m.dtype, x.dtype)
-        done = self.apply(("plms", start, order, trapezoidal), make, m, x, dtype=dtype, **slots)
+        done = self.apply(("plms", start, order, trapezoidal), make, m, x, dtype=dtype, wide=False, **slots)
         if self.counter == 0 and order == 1:
             self.cur_sample = x
         elif trapezoidal:
             self.cur_sample = None
         if not repeats:
-            self.ets = [*past, done.history]
+            self.ets = [*past, m]
         return done.prev_sample
 
     def _kind(self) -> str:

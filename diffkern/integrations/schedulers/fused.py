@@ -18,7 +18,14 @@ from torch import Tensor
 
 from diffkern.layout import accumulate
 from diffkern.ops.randn import noise_keys
-from diffkern.ops.sampler_step import C_IN, NEXT, TERMS, WIDTH, sampler_step
+from diffkern.ops.sampler_step import (
+    MAKES_INPUT,
+    MAKES_NEXT,
+    NEXT,
+    TERMS,
+    WIDTH,
+    sampler_step,
+)
 from diffkern.samplers.grid import Point
 from diffkern.samplers.table import END, H2, Row, Weights
 
@@ -28,18 +35,31 @@ _SETTINGS = ("_internal_dict", "num_inference_steps", "variance_type", "predict_
 
 
 class Result(NamedTuple):
-    """prev_sample in the dtype asked for; the other two, in float32, are empty unless a row has them."""
+    """prev_sample in the dtype asked for; the other two in that of the state, without elements unless asked for."""
 
     prev_sample: Tensor
     base: Tensor
     history: Tensor
 
 
+class Plan(NamedTuple):
+    """What the op is given beside the state: the row, float32 (or float64) [2, 32] with the end of its table; which row
+    that is for each sample, int64 [B]; and the keys of counter noise, int64 [B, 2]."""
+
+    table: Tensor
+    row: Tensor
+    keys: Tensor | None
+
+
 class Levels:
-    """The noise levels of a scheduler on the host, read once, and the rows made from them so far."""
+    """The noise levels of a scheduler on the host, read once, and what was made from them so far."""
 
     def __init__(self, sources: tuple[Any, ...], reason: str | None, last: Levels | None) -> None:
-        self.sources, self.versions, self.reason = sources, _versions(sources), reason
+        self.sources, self.reason = sources, reason  # which keeps them, so that no other object gets their address
+        self.addresses = tuple(map(id, sources))
+        # A tensor made in inference mode counts no versions: only that it is another one can be noticed.
+        self.counted = [s for s in sources if isinstance(s, Tensor) and not s.is_inference()]
+        self.versions = [t._version for t in self.counted]
         on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[: len(_LEVELS)]]
         self.host_timesteps = on_host[1]
         self.values: tuple[Any, ...] = tuple([] if t is None else t.tolist() for t in on_host)
@@ -50,14 +70,10 @@ class Levels:
         same = (
             last is not None and last.values == self.values and all(map(is_, last.sources[settings], sources[settings]))
         )
-        self.rows: dict[Hashable, Tensor] = last.rows if last is not None and same else {}
+        self.made: dict[Hashable, Any] = last.made if last is not None and same else {}
 
     def holds(self, sources: tuple[Any, ...]) -> bool:
-        return all(map(is_, self.sources, sources)) and self.versions == _versions(sources)
-
-
-def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(s._version if isinstance(s, Tensor) else None for s in sources)
+        return tuple(map(id, sources)) == self.addresses and [t._version for t in self.counted] == self.versions
 
 
 class FusedScheduler:
@@ -107,6 +123,8 @@ class FusedScheduler:
         x: Tensor,
         *,
         dtype: torch.dtype,
+        wide: bool = True,
+        also: int = 0,
         noise: Tensor | None = None,
         draw: int = 0,
         base: Tensor | None = None,
@@ -116,27 +134,29 @@ class FusedScheduler:
     ) -> Result:
         """One `sampler_step` with the row of `key`, made by `make` when it is new.
 
-        noise: what a noisy row adds; without it the op draws the counter noise number `draw`. dtype: of prev_sample.
+        dtype: of prev_sample. wide: whether the state, x and all that follows, is in float32, or else as it is given if
+        m and x have one dtype. also: MAKES_BASE and MAKES_HISTORY, if they are to be made. noise: what a noisy row
+        adds; without it the op draws the counter noise number `draw`.
         Raises ValueError unless model output and sample have one shape."""
         if m.shape != x.shape:
             raise ValueError(f"model_output must have the shape of sample, {list(x.shape)}, not {list(m.shape)}")
         acc = accumulate(torch.promote_types(m.dtype, x.dtype))
+        kept = x.dtype if m.dtype == x.dtype and not wide else acc
 
         def state(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(acc)
+            return t if t is None or t.dtype == kept else t.to(kept)
 
         given = noise is not None
-        table = self._row(
-            (key, given, draw), lambda: _with_given_noise(make()) if given else make(), draw, x.device, acc
+        plan = self._kept(
+            (key, given, draw, len(x), x.device, acc),
+            lambda: self._plan(lambda: _with_given_noise(make()) if given else make(), 0 if given else draw, x, acc),
         )
-        keys = None
-        if not given and draw:
-            keys = self._kept(("keys", len(x), x.device), lambda: noise_keys(self._seed(), len(x), x.device))
-        first = self._kept(("first", len(x), x.device), lambda: torch.zeros(len(x), dtype=torch.int64, device=x.device))
         # Given noise goes in as the oldest history entry, which no sampler with noise reads.
         past = (state(base), state(h0), state(h1), state(noise if given else h2))
-        x_next, as_model, base_next, h_next = sampler_step(state(x), m, table, first, keys, None, *past)
-        return Result(as_model if dtype == m.dtype else x_next.to(dtype), base_next, h_next)
+        as_model = dtype == m.dtype != kept
+        results = also | (MAKES_INPUT if as_model else MAKES_NEXT)
+        made = sampler_step(state(x), m, plan.table, plan.row, plan.keys, None, *past, results)
+        return Result(made[1] if as_model else made[0].to(dtype), made[2], made[3])
 
     def draw_noise(self, m: Tensor, generator: Any, dtype: torch.dtype) -> Tensor | None:
         """The noise that diffusers would draw for a step, or None when the op is to draw it."""
@@ -153,7 +173,6 @@ class FusedScheduler:
             points = torch.tensor([(p.alpha, p.sigma) for p in self.noise_levels()], dtype=torch.float64)
             data = torch.zeros(len(points) + 1, WIDTH, dtype=torch.float64)
             data[:-1, NEXT + TERMS.index("x")], data[:-1, NEXT + TERMS.index("m")] = points.unbind(-1)
-            data[:, C_IN] = 1.0
             return data.to(original.device, acc, non_blocking=True)
 
         self.look()
@@ -161,33 +180,29 @@ class FusedScheduler:
         acc = accumulate(dtype)
         table = self._kept(("mix", original.device, acc), make)
         row = index.to(original.device, torch.int64).flatten().expand(len(original)).contiguous()
-        x_t, as_noise = sampler_step(original.to(acc), noise, table, row)[:2]
-        return as_noise if dtype == noise.dtype else x_t.to(dtype)
+        state = original if original.dtype == noise.dtype else original.to(acc)
+        return sampler_step(state, noise, table, row, results=MAKES_NEXT)[0].to(dtype)
 
-    def _seed(self) -> int:
-        assert self.counter_seed is not None, "a noisy row without noise"
-        return self.counter_seed
+    def _plan(self, make: Callable[[], Row], draw: int, x: Tensor, acc: torch.dtype) -> Plan:
+        try:
+            row = make()
+        except (ZeroDivisionError, LinAlgError):
+            raise ValueError(
+                f"{type(self).__name__} needs noise levels that differ from step to step: take fewer steps"
+            ) from None
+        row.check(type(self).__name__, 0)
+        table = torch.tensor([row.columns(draw), END], dtype=acc).to(x.device, non_blocking=True)
+        keys = None
+        if draw:
+            assert self.counter_seed is not None, "a noisy row without noise"
+            keys = noise_keys(self.counter_seed, len(x), x.device)
+        return Plan(table, torch.zeros(len(x), dtype=torch.int64, device=x.device), keys)
 
-    def _row(self, key: Hashable, make: Callable[[], Row], draw: int, device: torch.device, acc: torch.dtype) -> Tensor:
-        """float32 (or float64) [2, 32] on the device: the row, and the end of its table."""
-
-        def on_device() -> Tensor:
-            try:
-                row = make()
-            except (ZeroDivisionError, LinAlgError):
-                raise ValueError(
-                    f"{type(self).__name__} needs noise levels that differ from step to step: take fewer steps"
-                ) from None
-            row.check(type(self).__name__, 0)
-            return torch.tensor([row.columns(draw), END], dtype=acc).to(device, non_blocking=True)
-
-        return self._kept((key, device, acc), on_device)
-
-    def _kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        rows = self.levels.rows
-        if key not in rows:
-            rows[key] = make()
-        return rows[key]
+    def _kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        kept = self.levels.made
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
 
 
 def _with_given_noise(row: Row) -> Row:

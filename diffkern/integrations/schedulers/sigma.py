@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.integrations.schedulers.fused import FusedScheduler
+from diffkern.ops.sampler_step import MAKES_BASE, MAKES_HISTORY
 from diffkern.samplers.euler import ancestral, euler_step
 from diffkern.samplers.grid import Point, point
 from diffkern.samplers.heun import average_slope
@@ -46,6 +47,10 @@ class IndexedScheduler(FusedScheduler):
         return torch.tensor([find(t, known) for t in timesteps.tolist()])
 
 
+def is_index(timestep: Any) -> bool:
+    return timestep.dtype in (torch.int32, torch.int64) if isinstance(timestep, Tensor) else isinstance(timestep, int)
+
+
 class AddsNoise(IndexedScheduler):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha_t original_samples + sigma_t noise in one pass. original_samples, noise: [B, ...]. timesteps: [B]."""
@@ -67,8 +72,7 @@ class SigmaScheduler(AddsNoise):
 
     def is_regular(self, call: dict[str, Any]) -> bool:
         # diffusers refuses an index for a timestep, and warns of an input that was not scaled.
-        index = isinstance(call["timestep"], (int, torch.IntTensor, torch.LongTensor))
-        return not index and self.is_scale_input_called
+        return self.is_scale_input_called and not is_index(call["timestep"])
 
     def noise_levels(self) -> list[Point]:
         return [Point(0.0, 1.0, sigma) for sigma in self.levels.sigmas]
@@ -104,8 +108,9 @@ class Euler(SigmaScheduler):
 
         noise = self.draw_noise(model_output, generator, model_output.dtype) if gamma > 0 else None
         done = self.apply(
-            (i, gamma, s_noise), make, model_output, sample, dtype=model_output.dtype, noise=noise, h0=sample
-        )
+            (i, gamma, s_noise), make, model_output, sample,
+            dtype=model_output.dtype, also=MAKES_HISTORY, noise=noise,
+        )  # fmt: skip
         self._step_index += 1
         return done.prev_sample, done.history
 
@@ -152,7 +157,9 @@ class EulerAncestral(SigmaScheduler):
 
         noise = self.draw_noise(model_output, generator, model_output.dtype)
         dtype = model_output.dtype
-        done = self.apply(i, make, model_output, sample, dtype=dtype, noise=noise, draw=i + 1, h0=sample)
+        done = self.apply(
+            i, make, model_output, sample, dtype=dtype, also=MAKES_HISTORY, noise=noise, draw=i + 1
+        )
         self._step_index += 1
         return done.prev_sample, done.history
 
@@ -181,8 +188,9 @@ class Heun(SigmaScheduler):
             return Row(0.0, self.x0(point(self.path, s if first else t)), next, push=slope, base=X0, clip=clip)
 
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
-        past = (sample, sample) if first else (self.sample, self.prev_derivative)
-        done = self.apply((i, first), make, model_output, sample, dtype=dtype, base=past[0], h0=past[1])
+        also = MAKES_BASE | MAKES_HISTORY if first else MAKES_BASE
+        past = {} if first else {"base": self.sample, "h0": self.prev_derivative}
+        done = self.apply((i, first), make, model_output, sample, dtype=dtype, wide=False, also=also, **past)
         self.prev_derivative, self.dt, self.sample = (done.history, t - s, sample) if first else (None, None, None)
         self._step_index += 1
         return done.prev_sample, done.base.to(dtype)
@@ -200,8 +208,7 @@ class FlowMatchEuler(IndexedScheduler):
 
     def is_regular(self, call: dict[str, Any]) -> bool:
         # diffusers refuses an index for a timestep.
-        index = isinstance(call["timestep"], (int, torch.IntTensor, torch.LongTensor))
-        return not index and call.get("per_token_timesteps") is None
+        return call.get("per_token_timesteps") is None and not is_index(call["timestep"])
 
     def fused_step(self, *, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any, **_: Any) -> Any:
         i = self.step_at(timestep)
@@ -216,7 +223,7 @@ class FlowMatchEuler(IndexedScheduler):
 
         noise = self.draw_noise(model_output, generator, torch.float32) if stochastic else None
         draw, dtype = i + 1 if stochastic else 0, model_output.dtype
-        done = self.apply(i, make, model_output, sample, dtype=dtype, noise=noise, draw=draw)
+        done = self.apply(i, make, model_output, sample, dtype=dtype, wide=False, noise=noise, draw=draw)
         self._step_index += 1
         return (done.prev_sample,)
 
