@@ -88,9 +88,9 @@ def sampler_step(
     """(x_next, model_input, base_next, h_next)."""
     if results is None:
         results = 3 | (0 if base is None else 4) | (0 if h0 is None else 8)
-    x_next, model_input, base_next, h_next = (
-        torch.empty_like(like) if results & 1 << i else like.new_empty(0) for i, like in enumerate((x, model_output, x, x))
-    )
+    likes = enumerate((x, model_output, x, x))
+    made = [torch.empty_like(like) if results & 1 << i else like.new_empty(0) for i, like in likes]
+    x_next, model_input, base_next, h_next = made
     if x.numel():
         batch, n, shape = x.shape[0], x[0].numel(), tile_of(x, _TILE, by_counter=keys is not None)
         past = sum(1 << i for i, h in enumerate((h0, h1, h2)) if h is not None)

@@ -183,6 +183,17 @@ def test_a_second_run_takes_the_rows_of_the_first() -> None:
     assert delta(run(fused, x), first) > 0.01
 
 
+def test_in_inference_mode() -> None:
+    """Its tensors count no versions."""
+    with torch.inference_mode():
+        scheduler = plain("EulerDiscreteScheduler")
+        fused, x = fuse_scheduler(scheduler), start(scheduler)
+        assert delta(run(fused, x), run(scheduler, x)) <= BOUND
+        for s in (fused, scheduler):
+            s.set_timesteps(5)
+        assert delta(run(fused, x), run(scheduler, x)) <= BOUND
+
+
 @every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:

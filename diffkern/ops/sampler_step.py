@@ -45,15 +45,15 @@ def sampler_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Guidance, prediction -> x0, clipping, linear combination, fresh noise and casts, with per-sample rows.
 
-    x, base, h0, h1, h2, the state: [B, ...], float32 or all in the dtype of model_output; the optional ones are given if
-    the table uses them. model_output: [B, ...], or with guidance [2B, ...], unconditional half first. table: float32
+    x, base, h0, h1, h2, the state: [B, ...], float32 or all in model_output's dtype; the optional ones are given if the
+    table uses them. model_output: [B, ...], or with guidance [2B, ...], unconditional half first. table: float32
     [R + 1, 32]. row: int64 [B], below R. keys: int64 [B, 2], given if the table draws noise. guidance: float32 [B],
     classifier-free guidance scale (Ho & Salimans 2022): m = m_u + g (m_c - m_u). results: which are made, the sum of
     some of MAKES_NEXT, MAKES_INPUT, MAKES_BASE, MAKES_HISTORY; by default the first two, and the others if base and h0
     are given.
-    Returns (x_next, model_input, base_next, h_next) in the layout of x; what is not made has no elements. model_input is
-    c_in of the next row times x_next, in the dtype and batch size of model_output: ready for the next model call. The
-    others have the dtype of x. Sums are made in float32 whatever the dtypes."""
+    Returns (x_next, model_input, base_next, h_next) in the layout of x; what is not made has no elements. model_input
+    is c_in of the next row times x_next, in the dtype and batch size of model_output: ready for the next model call.
+    The others have the dtype of x. Sums are made in float32 whatever the dtypes."""
     if results is None:
         results = _by_default(base, h0)
     state, acc = x.dtype, accumulate(x.dtype)
@@ -157,7 +157,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
 @sampler_step.cost
 def _(x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, keys: Tensor | None, guidance: Tensor | None,
-      base: Tensor | None, h0: Tensor | None, h1: Tensor | None, h2: Tensor | None, results: int | None) -> Cost:  # fmt: skip
+      base: Tensor | None, h0: Tensor | None, h1: Tensor | None, h2: Tensor | None,
+      results: int | None) -> Cost:  # fmt: skip
     if results is None:
         results = _by_default(base, h0)
     past = sum(t is not None for t in (base, h0, h1, h2))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffkern.integrations.schedulers.fused import FusedScheduler
 from diffkern.ops.sampler_step import MAKES_HISTORY
-from diffkern.samplers.ddpm import ddim_step, posterior, step_variance
+from diffkern.samplers.ddpm import ddim_step, posterior
 from diffkern.samplers.grid import Point
 from diffkern.samplers.lcm import consistency
 from diffkern.samplers.plms import adams_bashforth, transfer
@@ -87,10 +87,12 @@ class DDPM(AlphaScheduler):
         t = self.on_host(timestep)
 
         def make() -> Row:
-            p, s = self.at(t), self.at(self._next(t))
-            mean, variance = posterior(p, s)
+            after = self._next(t)
+            beta = self._beta(t, after)
+            p = self.at(t)
+            mean, variance = posterior(p, self.at(after), beta)
             if self.variance_type == "fixed_large":
-                variance = step_variance(p, s)
+                variance = beta
             # diffusers keeps the variance above 1e-20, for its logarithm.
             return self.row(p, mean, noise=max(variance, 1e-20) ** 0.5 if t > 0 else 0.0, push=X0)
 
@@ -107,6 +109,13 @@ class DDPM(AlphaScheduler):
             return t - 1
         after = self._step_number(t)
         return int(self.levels.timesteps[after]) if after < len(self.levels.timesteps) else -1
+
+    def _beta(self, t: int, after: int) -> float:
+        """1 - alpha_bar_t / alpha_bar_s in float32 as diffusers has it: of neighbouring timesteps that is hardly more
+        than the last digits of a number near 1, which are to be the same."""
+        assert self.levels.host_alphas_cumprod is not None
+        alphas_cumprod = self.levels.host_alphas_cumprod.numpy()  # whose numbers keep their dtype
+        return float(1 - alphas_cumprod[t] / (alphas_cumprod[after] if after >= 0 else 1.0))
 
     def _step_number(self, t: int) -> int:
         return self.levels.timesteps.index(t) + 1

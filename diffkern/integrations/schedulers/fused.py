@@ -34,6 +34,10 @@ _LEVELS = ("sigmas", "timesteps", "alphas_cumprod", "final_alpha_cumprod")
 _SETTINGS = ("_internal_dict", "num_inference_steps", "variance_type", "predict_x0")
 
 
+class NoRow(ValueError):
+    """A step has no finite coefficients."""
+
+
 class Result(NamedTuple):
     """prev_sample in the dtype asked for; the other two in that of the state, without elements unless asked for."""
 
@@ -61,7 +65,7 @@ class Levels:
         self.counted = [s for s in sources if isinstance(s, Tensor) and not s.is_inference()]
         self.versions = [t._version for t in self.counted]
         on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[: len(_LEVELS)]]
-        self.host_timesteps = on_host[1]
+        self.host_timesteps, self.host_alphas_cumprod = on_host[1:3]
         self.values: tuple[Any, ...] = tuple([] if t is None else t.tolist() for t in on_host)
         self.sigmas, self.timesteps, self.alphas_cumprod, final = self.values
         self.final_alpha_cumprod: float = final or 1.0  # DDPM has none, and ends without noise
@@ -137,7 +141,7 @@ class FusedScheduler:
         dtype: of prev_sample. wide: whether the state, x and all that follows, is in float32, or else as it is given if
         m and x have one dtype. also: MAKES_BASE and MAKES_HISTORY, if they are to be made. noise: what a noisy row
         adds; without it the op draws the counter noise number `draw`.
-        Raises ValueError unless model output and sample have one shape."""
+        Raises ValueError unless model output and sample have one shape, and NoRow."""
         if m.shape != x.shape:
             raise ValueError(f"model_output must have the shape of sample, {list(x.shape)}, not {list(m.shape)}")
         acc = accumulate(torch.promote_types(m.dtype, x.dtype))
@@ -186,11 +190,9 @@ class FusedScheduler:
     def _plan(self, make: Callable[[], Row], draw: int, x: Tensor, acc: torch.dtype) -> Plan:
         try:
             row = make()
-        except (ZeroDivisionError, LinAlgError):
-            raise ValueError(
-                f"{type(self).__name__} needs noise levels that differ from step to step: take fewer steps"
-            ) from None
-        row.check(type(self).__name__, 0)
+            row.check(type(self).__name__, 0)
+        except (ZeroDivisionError, LinAlgError, ValueError):
+            raise NoRow("a step needs noise levels that differ from those before and after: take fewer steps") from None
         table = torch.tensor([row.columns(draw), END], dtype=acc).to(x.device, non_blocking=True)
         keys = None
         if draw:

@@ -157,9 +157,7 @@ class EulerAncestral(SigmaScheduler):
 
         noise = self.draw_noise(model_output, generator, model_output.dtype)
         dtype = model_output.dtype
-        done = self.apply(
-            i, make, model_output, sample, dtype=dtype, also=MAKES_HISTORY, noise=noise, draw=i + 1
-        )
+        done = self.apply(i, make, model_output, sample, dtype=dtype, also=MAKES_HISTORY, noise=noise, draw=i + 1)
         self._step_index += 1
         return done.prev_sample, done.history
 
@@ -189,7 +187,7 @@ class Heun(SigmaScheduler):
 
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         also = MAKES_BASE | MAKES_HISTORY if first else MAKES_BASE
-        past = {} if first else {"base": self.sample, "h0": self.prev_derivative}
+        past: dict[str, Any] = {} if first else {"base": self.sample, "h0": self.prev_derivative}
         done = self.apply((i, first), make, model_output, sample, dtype=dtype, wide=False, also=also, **past)
         self.prev_derivative, self.dt, self.sample = (done.history, t - s, sample) if first else (None, None, None)
         self._step_index += 1
