@@ -66,6 +66,11 @@ def test_other_schedulers_are_refused(scheduler: Any) -> None:
         fuse_scheduler(diffusers.DDIMScheduler(), noise="white")
 
 
+def test_a_class_made_with_the_wrong_prediction_steps_as_in_diffusers() -> None:
+    made = fused_class(diffusers.PNDMScheduler)(prediction_type="sample")
+    assert made.why_not(made) == "prediction_type must be epsilon or v_prediction, not 'sample'"
+
+
 def test_an_instance_that_is_no_table_steps_as_in_diffusers() -> None:
     config: dict[str, Any] = {"thresholding": True, "sample_max_value": 2.0}
     made = fused_class(diffusers.UniPCMultistepScheduler)(**config)

@@ -117,7 +117,8 @@ def _binder(signature: inspect.Signature) -> Callable[..., dict[str, Any]]:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def bind(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        call = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        call = {**defaults, **kwargs}
+        call.update(zip(names, args, strict=False))
         if call.keys() != known or len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
             signature.bind(self, *args, **kwargs)  # it knows what to say
         return call

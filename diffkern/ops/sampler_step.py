@@ -112,7 +112,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @sampler_step.backend("cpu", devices=("cpu",), supports=_supports)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.diffkern_C.sampler_step(*args)
+    return torch.ops.diffkern_C.sampler_step.default(*args)  # the overload by name: not looked for in every call
 
 
 @sampler_step.samples

@@ -68,7 +68,7 @@ class Row:
         return values
 
     def check(self, name: str, index: int) -> None:
-        """Raise ValueError for a coefficient that is not finite, or not real, in row `index` of the table called name."""
+        """Raise ValueError for a coefficient that is not finite, or not real, in row `index` of table `name`."""
         columns = self.columns(0)
         columns[CLIP] = 0.0  # an infinite clip bound means no clipping
         if any(isinstance(c, complex) or not math.isfinite(c) for c in columns):

@@ -30,7 +30,7 @@ class AlphaScheduler(FusedScheduler):
         config = scheduler.config
         if config.get("thresholding"):
             return "thresholding must be False: dynamic thresholding is no linear combination"
-        kinds = ("epsilon", "v_prediction") if cls is PNDM else ("epsilon", "sample", "v_prediction")
+        kinds = ("epsilon", "v_prediction") if issubclass(cls, PNDM) else ("epsilon", "sample", "v_prediction")
         if config.prediction_type not in kinds:
             return f"prediction_type must be {', '.join(kinds[:-1])} or {kinds[-1]}, not {config.prediction_type!r}"
         if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":

@@ -17,6 +17,7 @@ from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from diffkern.layout import accumulate
+from diffkern.op import forced_backend
 from diffkern.ops.randn import noise_keys
 from diffkern.ops.sampler_step import (
     MAKES_INPUT,
@@ -32,6 +33,7 @@ from diffkern.samplers.table import END, H2, Row, Weights
 # What a step depends on beside its arguments. A change makes another tensor, another config or another version.
 _LEVELS = ("sigmas", "timesteps", "alphas_cumprod", "final_alpha_cumprod")
 _SETTINGS = ("_internal_dict", "num_inference_steps", "variance_type", "predict_x0")
+_SOURCES = (*_LEVELS, *_SETTINGS)
 
 
 class NoRow(ValueError):
@@ -47,12 +49,16 @@ class Result(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the op is given beside the state: the row, float32 (or float64) [2, 32] with the end of its table; which row
-    that is for each sample, int64 [B]; and the keys of counter noise, int64 [B, 2]."""
+    """How a step is made of its tensors. state: the dtype that they are kept in. results: those of the op that are
+    made. table: the row, float32 (or float64) [2, 32] with the end of its table; row: which one that is for each
+    sample, int64 [B]; keys: of counter noise, int64 [B, 2]. kernel: what the op chooses for dense tensors."""
 
+    state: torch.dtype
+    results: int
     table: Tensor
     row: Tensor
     keys: Tensor | None
+    kernel: Callable[..., tuple[Tensor, ...]]
 
 
 class Levels:
@@ -113,8 +119,7 @@ class FusedScheduler:
 
     def look(self) -> Levels:
         """Read the noise levels, if others were set since. At the start of every call: it is what makes rows true."""
-        state = vars(self)
-        sources = tuple(map(state.get, (*_LEVELS, *_SETTINGS)))
+        sources = tuple(map(vars(self).get, _SOURCES))
         if self._levels is None or not self._levels.holds(sources):
             self._levels = Levels(sources, self.why_not(self), self._levels)
         return self._levels
@@ -144,23 +149,18 @@ class FusedScheduler:
         Raises ValueError unless model output and sample have one shape, and NoRow."""
         if m.shape != x.shape:
             raise ValueError(f"model_output must have the shape of sample, {list(x.shape)}, not {list(m.shape)}")
-        acc = accumulate(torch.promote_types(m.dtype, x.dtype))
-        kept = x.dtype if m.dtype == x.dtype and not wide else acc
-
-        def state(t: Tensor | None) -> Tensor | None:
-            return t if t is None or t.dtype == kept else t.to(kept)
-
         given = noise is not None
-        plan = self._kept(
-            (key, given, draw, len(x), x.device, acc),
-            lambda: self._plan(lambda: _with_given_noise(make()) if given else make(), 0 if given else draw, x, acc),
-        )
+        shared = (key, given, draw, dtype, wide, also, m.dtype, x.dtype, x.device, len(x), forced_backend())
+        plan: Plan | None = self.levels.made.get(shared)
+        if plan is None:
+            plan = self.levels.made[shared] = self._plan(make, m, x, dtype, wide, also, given, draw)
         # Given noise goes in as the oldest history entry, which no sampler with noise reads.
-        past = (state(base), state(h0), state(h1), state(noise if given else h2))
-        as_model = dtype == m.dtype != kept
-        results = also | (MAKES_INPUT if as_model else MAKES_NEXT)
-        made = sampler_step(state(x), m, plan.table, plan.row, plan.keys, None, *past, results)
-        return Result(made[1] if as_model else made[0].to(dtype), made[2], made[3])
+        past = (base, h0, h1, noise if given else h2)
+        state = [t if t is None or t.dtype == plan.state else t.to(plan.state) for t in (x, *past)]
+        run = plan.kernel if _need_no_dispatch(m, *state) else sampler_step
+        done = run(state[0], m, plan.table, plan.row, plan.keys, None, *state[1:], plan.results)
+        prev = done[1] if plan.results & MAKES_INPUT else done[0]
+        return Result(prev if prev.dtype == dtype else prev.to(dtype), done[2], done[3])
 
     def draw_noise(self, m: Tensor, generator: Any, dtype: torch.dtype) -> Tensor | None:
         """The noise that diffusers would draw for a step, or None when the op is to draw it."""
@@ -182,30 +182,39 @@ class FusedScheduler:
         self.look()
         dtype = torch.promote_types(original.dtype, noise.dtype)
         acc = accumulate(dtype)
-        table = self._kept(("mix", original.device, acc), make)
+        made = self.levels.made
+        if (key := ("mix", original.device, acc)) not in made:
+            made[key] = make()
         row = index.to(original.device, torch.int64).flatten().expand(len(original)).contiguous()
         state = original if original.dtype == noise.dtype else original.to(acc)
-        return sampler_step(state, noise, table, row, results=MAKES_NEXT)[0].to(dtype)
+        return sampler_step(state, noise, made[key], row, results=MAKES_NEXT)[0].to(dtype)
 
-    def _plan(self, make: Callable[[], Row], draw: int, x: Tensor, acc: torch.dtype) -> Plan:
+    def _plan(
+        self, make: Callable[[], Row], m: Tensor, x: Tensor, dtype: torch.dtype, wide: bool, also: int, given: bool,
+        draw: int,
+    ) -> Plan:  # fmt: skip
         try:
             row = make()
             row.check(type(self).__name__, 0)
         except (ZeroDivisionError, LinAlgError, ValueError):
             raise NoRow("a step needs noise levels that differ from those before and after: take fewer steps") from None
+        if given:
+            row = replace(row, next=Weights(row.next) + row.noise * H2, noise=0.0)
+        acc = accumulate(torch.promote_types(m.dtype, x.dtype))
+        state = x.dtype if m.dtype == x.dtype and not wide else acc
+        results = also | (MAKES_INPUT if dtype == m.dtype != state else MAKES_NEXT)
         table = torch.tensor([row.columns(draw), END], dtype=acc).to(x.device, non_blocking=True)
-        keys = None
-        if draw:
+        index, keys = torch.zeros(len(x), dtype=torch.int64, device=x.device), None
+        if draw and not given:
             assert self.counter_seed is not None, "a noisy row without noise"
             keys = noise_keys(self.counter_seed, len(x), x.device)
-        return Plan(table, torch.zeros(len(x), dtype=torch.int64, device=x.device), keys)
-
-    def _kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        kept = self.levels.made
-        if key not in kept:
-            kept[key] = make()
-        return kept[key]
+        kernel = sampler_step.choose(sampler_step.bind(x.to(state), m, table, index, keys)).run
+        return Plan(state, results, table, index, keys, kernel)
 
 
-def _with_given_noise(row: Row) -> Row:
-    return replace(row, next=Weights(row.next) + row.noise * H2, noise=0.0)
+def _need_no_dispatch(*tensors: Tensor | None) -> bool:
+    """Whether a kernel can be called with them as they are. The op's way to it, by torch's dispatcher and through all
+    that a kernel may be asked for, takes several times as long as a small step."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return all(t is None or (type(t) is Tensor and t.is_contiguous()) for t in tensors)

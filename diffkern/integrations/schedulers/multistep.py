@@ -50,7 +50,7 @@ class MultistepScheduler(AddsNoise):
         if config.prediction_type == "flow_prediction":
             if not config.get("use_flow_sigmas"):
                 return "prediction_type flow_prediction needs use_flow_sigmas=True"
-            if cls.predicts_noise(scheduler) and cls is not DEIS:
+            if cls.predicts_noise(scheduler) and not issubclass(cls, DEIS):
                 return "prediction_type flow_prediction needs a solver in the data prediction"
         return None
 

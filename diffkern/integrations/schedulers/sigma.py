@@ -13,7 +13,7 @@ from diffkern.ops.sampler_step import MAKES_BASE, MAKES_HISTORY
 from diffkern.samplers.euler import ancestral, euler_step
 from diffkern.samplers.grid import Point, point
 from diffkern.samplers.heun import average_slope
-from diffkern.samplers.table import H0, H2, X0, M, Row, Weights, X
+from diffkern.samplers.table import H0, H2, X0, Row, Weights, X
 from diffkern.schedules import PREDICTION_TYPES, x0_weights
 
 
@@ -64,9 +64,9 @@ class SigmaScheduler(AddsNoise):
 
     @classmethod
     def why_not(cls, scheduler: Any) -> str | None:
-        kinds = ("epsilon", "v_prediction") if cls is EulerAncestral else ("epsilon", "v_prediction", "sample")
+        kinds = ("epsilon", "v_prediction", *(() if issubclass(cls, EulerAncestral) else ("sample",)))
         kind = scheduler.config.prediction_type
-        if kind in kinds or (kind == "original_sample" and cls is Euler):
+        if kind in kinds or (kind == "original_sample" and issubclass(cls, Euler)):
             return None
         return f"prediction_type must be {', '.join(kinds[:-1])} or {kinds[-1]}, not {kind!r}"
 
@@ -210,20 +210,21 @@ class FlowMatchEuler(IndexedScheduler):
 
     def fused_step(self, *, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any, **_: Any) -> Any:
         i = self.step_at(timestep)
-        stochastic = bool(self.config.get("stochastic_sampling"))
+        dtype, wide = model_output.dtype, torch.promote_types(model_output.dtype, torch.float32)
+        if self.config.get("stochastic_sampling"):  # to the data, and back with fresh noise
 
-        def make() -> Row:
-            p, t = self.at(i), self.at(i + 1)
-            if stochastic:  # to the data, and back with fresh noise
+            def make() -> Row:
+                p, t = self.at(i), self.at(i + 1)
                 return Row(0.0, x0_weights("flow", p.alpha, p.sigma), t.alpha * X0, noise=t.sigma)
-            # The output is the slope itself; it is not found through x0, as inverted sigmas may start at 0.
-            return Row(0.0, (1.0, 0.0), X + (t.sigma - p.sigma) * M)
 
-        noise = self.draw_noise(model_output, generator, torch.float32) if stochastic else None
-        draw, dtype = i + 1 if stochastic else 0, model_output.dtype
-        done = self.apply(i, make, model_output, sample, dtype=dtype, wide=False, noise=noise, draw=draw)
+            noise = self.draw_noise(model_output, generator, torch.float32)
+            prev = self.apply(i, make, model_output, sample, dtype=dtype, wide=False, noise=noise, draw=i + 1)[0]
+        else:
+            # The output is the slope itself: one addition, which needs no row.
+            step = self.levels.sigmas[i + 1] - self.levels.sigmas[i]
+            prev = torch.add(sample.to(wide), model_output, alpha=step).to(dtype)
         self._step_index += 1
-        return (done.prev_sample,)
+        return (prev,)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """(1 - sigma_t) sample + sigma_t noise in one pass. sample, noise: [B, ...]. timestep: [B]."""
