@@ -70,9 +70,14 @@ class Levels:
         # A tensor made in inference mode counts no versions: only that it is another one can be noticed.
         self.counted = [s for s in sources if isinstance(s, Tensor) and not s.is_inference()]
         self.versions = [t._version for t in self.counted]
+        self.version_at = dict(zip(map(id, self.counted), self.versions, strict=True))
         on_host = [s.cpu() if isinstance(s, Tensor) else None for s in sources[: len(_LEVELS)]]
         self.host_timesteps, self.host_alphas_cumprod = on_host[1:3]
-        self.values: tuple[Any, ...] = tuple([] if t is None else t.tolist() for t in on_host)
+        self.values: tuple[Any, ...] = tuple(
+            # Timesteps that are set anew leave the training's thousand levels as they are.
+            last.values[i] if last is not None and last.has(i, s) else [] if t is None else t.tolist()
+            for i, (s, t) in enumerate(zip(sources, on_host, strict=False))
+        )
         self.sigmas, self.timesteps, self.alphas_cumprod, final = self.values
         self.final_alpha_cumprod: float = final or 1.0  # DDPM has none, and ends without noise
         # Timesteps that are set anew are most often the same.
@@ -84,6 +89,11 @@ class Levels:
 
     def holds(self, sources: tuple[Any, ...]) -> bool:
         return tuple(map(id, sources)) == self.addresses and [t._version for t in self.counted] == self.versions
+
+    def has(self, i: int, source: Any) -> bool:
+        """Whether the values of source i are still these."""
+        version = self.version_at.get(id(source))
+        return source is self.sources[i] and version is not None and version == source._version
 
 
 class FusedScheduler:
