@@ -47,10 +47,10 @@ def fuse_scheduler(scheduler: Any, *, noise: str = "diffusers", seed: int = 0) -
     scheduler: an instance of one of FUSED. noise: "diffusers" draws what diffusers would, from the `generator` of a
     call; "counter" draws sample i's noise from (seed, i) inside the op (see `diffkern.randn`), the same in any batch
     and on any device, and does not use the generator.
-    Sums are made in float32 whatever the model's dtype. What multistep schedulers keep of past steps is in float32, what
-    others keep in the sample's dtype, as in diffusers. On a CPU runs are faster than diffusers' or as fast, but for
-    Heun's of small samples: its few operations take less time there than the way to one. Calls that no row of a table
-    describes run as in diffusers: before `set_timesteps` where that is needed, with FlowMatchEuler's
+    Sums are made in float32 whatever the model's dtype. What multistep schedulers keep of past steps is in float32,
+    what others keep in the sample's dtype, as in diffusers. On a CPU runs are faster than diffusers' or as fast, but
+    for Heun's of small samples: its few operations take less time there than the way to one. Calls that no row of a
+    table describes run as in diffusers: before `set_timesteps` where that is needed, with FlowMatchEuler's
     per_token_timesteps, EDMEuler's pred_original_sample, without the scale_model_input that Euler asks for, or where
     noise levels are too near to each other, of which a warning tells.
     Raises ValueError, naming what is allowed, for another scheduler, an option that is not a table of coefficients
