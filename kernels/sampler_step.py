@@ -37,22 +37,23 @@ def _sampler_step(
     x_ptr, output_ptr, table, row_ptr, keys, guidance, base_ptr, h0_ptr, h1_ptr, h2_ptr,
     x_next_ptr, input_ptr, base_next_ptr, h_next_ptr, batch, n, rows,
     NOISY: tl.constexpr, GUIDED: tl.constexpr, BASE: tl.constexpr, PAST: tl.constexpr,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr, FAST: tl.constexpr,
+    RESULTS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     sample = sample_index()
     if sample >= batch:
         return
     offset, mask = tile(sample, n, CHANNELS, COLUMNS, ROWS)
     conditional = offset + batch.to(tl.int64) * n  # the second half of a guided batch
-    x = tl.load(x_ptr + offset, mask)
+    x = tl.load(x_ptr + offset, mask).to(tl.float32)
     m = tl.load(output_ptr + offset, mask).to(tl.float32)
     if GUIDED:
         scale = tl.load(guidance + sample).to(tl.float32)
         m += scale * (tl.load(output_ptr + conditional, mask).to(tl.float32) - m)
-    base = tl.load(base_ptr + offset, mask) if BASE else x
-    h0 = tl.load(h0_ptr + offset, mask) if PAST & 1 else x
-    h1 = tl.load(h1_ptr + offset, mask) if PAST & 2 else x
-    h2 = tl.load(h2_ptr + offset, mask) if PAST & 4 else x
+    base = tl.load(base_ptr + offset, mask).to(tl.float32) if BASE else x
+    h0 = tl.load(h0_ptr + offset, mask).to(tl.float32) if PAST & 1 else x
+    h1 = tl.load(h1_ptr + offset, mask).to(tl.float32) if PAST & 2 else x
+    h2 = tl.load(h2_ptr + offset, mask).to(tl.float32) if PAST & 4 else x
 
     # The last row only ends the table (its c_in is what the model would see next), so no sample is at it.
     r = table + tl.minimum(tl.maximum(tl.load(row_ptr + sample), 0), rows - 2) * _WIDTH
@@ -65,26 +66,31 @@ def _sampler_step(
         draw = tl.load(r + _DRAW).to(tl.int64)
         z = tile_normals(keys, sample, draw, n, CHANNELS, COLUMNS, ROWS, QUADS, FAST)
         x_next += tl.load(r + _NOISE) * z
-    tl.store(x_next_ptr + offset, x_next, mask)
-
-    model_input = (tl.load(r + _WIDTH + _C_IN) * x_next).to(input_ptr.dtype.element_ty)
-    tl.store(input_ptr + offset, model_input, mask)
-    if GUIDED:
-        tl.store(input_ptr + conditional, model_input, mask)
-    if BASE:
-        tl.store(base_next_ptr + offset, _combine(r + _NEXT_BASE, x, m, x0, h0, h1, h2, base, PAST, BASE), mask)
-    if PAST & 1:
-        tl.store(h_next_ptr + offset, _combine(r + _NEXT_H, x, m, x0, h0, h1, h2, base, PAST, BASE), mask)
+    if RESULTS & 1:  # the flags of the op
+        tl.store(x_next_ptr + offset, x_next.to(x_next_ptr.dtype.element_ty), mask)
+    if RESULTS & 2:
+        model_input = (tl.load(r + _WIDTH + _C_IN) * x_next).to(input_ptr.dtype.element_ty)
+        tl.store(input_ptr + offset, model_input, mask)
+        if GUIDED:
+            tl.store(input_ptr + conditional, model_input, mask)
+    if RESULTS & 4:
+        base_next = _combine(r + _NEXT_BASE, x, m, x0, h0, h1, h2, base, PAST, BASE)
+        tl.store(base_next_ptr + offset, base_next.to(base_next_ptr.dtype.element_ty), mask)
+    if RESULTS & 8:
+        h_next = _combine(r + _NEXT_H, x, m, x0, h0, h1, h2, base, PAST, BASE)
+        tl.store(h_next_ptr + offset, h_next.to(h_next_ptr.dtype.element_ty), mask)
 
 
 def sampler_step(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, keys: Tensor | None, guidance: Tensor | None,
-    base: Tensor | None, h0: Tensor | None, h1: Tensor | None, h2: Tensor | None,
+    base: Tensor | None, h0: Tensor | None, h1: Tensor | None, h2: Tensor | None, results: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(x_next, model_input, base_next, h_next)."""
-    x_next, model_input = torch.empty_like(x), torch.empty_like(model_output)
-    base_next = x.new_empty(0) if base is None else torch.empty_like(x)
-    h_next = x.new_empty(0) if h0 is None else torch.empty_like(x)
+    if results is None:
+        results = 3 | (0 if base is None else 4) | (0 if h0 is None else 8)
+    likes = enumerate((x, model_output, x, x))
+    made = [torch.empty_like(like) if results & 1 << i else like.new_empty(0) for i, like in likes]
+    x_next, model_input, base_next, h_next = made
     if x.numel():
         batch, n, shape = x.shape[0], x[0].numel(), tile_of(x, _TILE, by_counter=keys is not None)
         past = sum(1 << i for i, h in enumerate((h0, h1, h2)) if h is not None)
@@ -93,6 +99,6 @@ def sampler_step(
                 x, model_output, table, row, keys, guidance, base, h0, h1, h2,
                 x_next, model_input, base_next, h_next, batch, n, table.shape[0],
                 NOISY=keys is not None, GUIDED=guidance is not None, BASE=base is not None, PAST=past,
-                FAST=x.is_cuda, **shape, enable_fp_fusion=True,
+                RESULTS=results, FAST=x.is_cuda, **shape, enable_fp_fusion=True,
             )  # fmt: skip
     return x_next, model_input, base_next, h_next

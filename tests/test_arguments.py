@@ -14,7 +14,7 @@ R, V = make((2, 4, 6), "cpu", torch.float32), make((2, 6), "cpu", torch.float32)
 TABLE = make((5, 32), "cpu", torch.float32)
 KEYS, ROW, SCHEDULE = noise_keys(0, 2), torch.tensor([0, 3]), torch.rand(10, 2)
 Q = make((2, 5, 3, 8), "cpu", torch.float32)
-STEP = (X, X, TABLE, ROW, KEYS, None, None, None, None, None)
+STEP = (X, X, TABLE, ROW, KEYS, None, None, None, None, None, None)
 
 
 def step(**other) -> tuple:

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from test_fuse_scheduler import STEPS, delta, plain, run, start
+from torch import Tensor
 
 from diffkern.integrations.diffusers import fuse_scheduler, fused_class
 
@@ -65,6 +66,11 @@ def test_other_schedulers_are_refused(scheduler: Any) -> None:
         fuse_scheduler(diffusers.DDIMScheduler(), noise="white")
 
 
+def test_a_class_made_with_the_wrong_prediction_steps_as_in_diffusers() -> None:
+    made = fused_class(diffusers.PNDMScheduler)(prediction_type="sample")
+    assert made.why_not(made) == "prediction_type must be epsilon or v_prediction, not 'sample'"
+
+
 def test_an_instance_that_is_no_table_steps_as_in_diffusers() -> None:
     config: dict[str, Any] = {"thresholding": True, "sample_max_value": 2.0}
     made = fused_class(diffusers.UniPCMultistepScheduler)(**config)
@@ -100,6 +106,26 @@ def test_wrong_arguments_get_a_sentence() -> None:
     euler.scale_model_input(torch.ones(2, 3), euler.timesteps[0])
     with pytest.raises(ValueError, match="s_churn must be 0 with counter noise"):
         euler.step(torch.ones(2, 3), euler.timesteps[0], torch.ones(2, 3), s_churn=1.0)
-    equal = fuse_scheduler(plain("DPMSolverMultistepScheduler", 1000, lower_order_final=False))
-    with pytest.raises(ValueError, match="needs noise levels that differ from step to step: take fewer steps"):
-        run(equal, start(equal))
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("DPMSolverMultistepScheduler", 1000), ("HeunDiscreteScheduler", 4)],  # float32 gives neighbours one noise level
+)
+def test_a_step_without_finite_coefficients_is_diffusers_own(name: str, steps: int) -> None:
+    scheduler = plain(name, steps, **({} if "Heun" in name else {"lower_order_final": False}))
+    fused, x = fuse_scheduler(scheduler), start(scheduler)
+    times = torch.cat([scheduler.timesteps, scheduler.timesteps[-1:]])  # on from the noise level of 0
+    for s in (scheduler, fused):
+        s.scale_model_input(x, times[0])
+
+    def last(s: Any) -> Tensor:
+        y = x
+        for t in times if "Heun" in name else times[:-1]:
+            y = s.step(0.1 * x, t, y).prev_sample
+        return y
+
+    with pytest.warns(UserWarning, match=f"{name} steps as in diffusers: a step needs noise levels that differ"):
+        ours = last(fused)
+    assert not ours.isfinite().any()
+    assert not last(scheduler).isfinite().any()

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffkern import make_table
 from diffkern.integrations.diffusers import FUSED, fuse_scheduler, restore_scheduler
+from diffkern.op import BackendError, use_backend
 from diffkern.ops.randn import normal
 from diffkern.schedules import from_diffusers_config
 
@@ -173,14 +175,50 @@ def test_other_timesteps_and_configs_make_other_rows(name: str) -> None:
 def test_a_second_run_takes_the_rows_of_the_first() -> None:
     fused, scheduler = fuse_scheduler(plain("DDIMScheduler")), plain("DDIMScheduler")
     x = start(fused)
-    first, rows = run(fused, x), fused.levels.rows
+    first, made = run(fused, x), fused.levels.made
     fused.set_timesteps(STEPS)
     assert delta(run(fused, x), first) == 0
-    assert fused.levels.rows is rows
+    assert fused.levels.made is made
     for s in (fused, scheduler):
         s.num_inference_steps = 2 * STEPS  # half the way of a step
     assert delta(run(fused, x), run(scheduler, x)) <= BOUND
     assert delta(run(fused, x), first) > 0.01
+
+
+@every
+@pytest.mark.parametrize("noise", ["diffusers", "counter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_with_and_without_gradients_and_in_any_layout(name: str, noise: str, dtype: torch.dtype) -> None:
+    """The op is called, or its kernel itself."""
+    results = []
+    for enabled in (True, False):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            fused = fuse_scheduler(plain(name), noise=noise)
+            with torch.set_grad_enabled(enabled):
+                results.append(run(fused, start(fused, dtype).contiguous(memory_format=layout)))
+    assert all(delta(results[0], r) == 0 for r in results[1:])
+
+
+def test_a_forced_backend_is_forced_in_the_midst_of_a_run() -> None:
+    fused = fuse_scheduler(plain("DDIMScheduler"))
+    first, second = halves(fused)
+    with torch.no_grad():
+        x = run(fused, start(fused), first)[-1][0]
+        with use_backend("cuda"), pytest.raises(BackendError, match="sampler_step: backend 'cuda' was forced but"):
+            run(fused, x, second)
+        with use_backend("reference"), patch.object(torch.ops.diffkern_C, "sampler_step", None):
+            run(fused, x, second)
+
+
+def test_in_inference_mode() -> None:
+    """Its tensors count no versions."""
+    with torch.inference_mode():
+        scheduler = plain("EulerDiscreteScheduler")
+        fused, x = fuse_scheduler(scheduler), start(scheduler)
+        assert delta(run(fused, x), run(scheduler, x)) <= BOUND
+        for s in (fused, scheduler):
+            s.set_timesteps(5)
+        assert delta(run(fused, x), run(scheduler, x)) <= BOUND
 
 
 @every

@@ -24,16 +24,22 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(sentence.str());
 }
 
-inline std::string shape_of(const std::vector<int64_t>& sizes) {
-  std::ostringstream out;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    out << (i == 0 ? "[" : ", ") << sizes[i];
+// A shape as it is written in a sentence: only once there is one, since that takes longer than a small op.
+struct Shape {
+  const int64_t *begin, *end;
+};
+
+inline std::ostream& operator<<(std::ostream& out, Shape shape) {
+  out << '[';
+  for (const int64_t* size = shape.begin; size != shape.end; ++size) {
+    out << (size == shape.begin ? "" : ", ") << *size;
   }
-  out << (sizes.empty() ? "[]" : "]");
-  return out.str();
+  return out << ']';
 }
 
-inline std::string shape_of(const Tensor& t) { return shape_of({t.sizes().begin(), t.sizes().end()}); }
+inline Shape shape_of(const std::vector<int64_t>& sizes) { return {sizes.data(), sizes.data() + sizes.size()}; }
+
+inline Shape shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 inline bool has_shape(const Tensor& t, const std::vector<int64_t>& sizes) {
   return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()) == sizes;

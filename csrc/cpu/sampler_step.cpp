@@ -18,16 +18,21 @@ constexpr int64_t kWidth = 32;
 // The order of the weights in a block: x, m, x0, h0, h1, h2, base.
 constexpr int kTerms = 7;
 
-// Everything of a call that does not depend on the model's dtype. A null pointer is a term or result that is not there.
+// The results, as flags: those of diffkern/ops/sampler_step.py.
+enum Result : int64_t { kMakesNext = 1, kMakesInput = 2, kMakesBase = 4, kMakesHistory = 8 };
+
+// Everything of a call but the model's output and input. S is what the state is kept in; a null pointer is a term or
+// result that is not there.
+template <class S>
 struct Call {
   Dense d;
   const float* table;
   const int64_t* row;
   const int64_t* keys;
   const float* guidance;
-  std::array<const float*, 4> past;  // h0, h1, h2, base: the terms after x0
-  const float* x;
-  float *x_next, *base_next, *h_next;
+  const S* x;
+  std::array<const S*, 4> past;  // h0, h1, h2, base: the terms after x0
+  S *x_next, *base_next, *h_next;
 };
 
 using Terms = std::array<const float*, kTerms>;
@@ -51,8 +56,8 @@ void combine(const float* weight, const Terms& term, float* out, int64_t n) {
 }
 
 // The guided model output in float32: in the model's own memory where that is possible, else in `room`.
-template <class T>
-const float* guided(const Call& c, const T* output, int64_t sample, int64_t at, int64_t n, float* room) {
+template <class S, class T>
+const float* guided(const Call<S>& c, const T* output, int64_t sample, int64_t at, int64_t n, float* room) {
   if (c.guidance == nullptr) {
     return as_float(output + at, room, n);
   }
@@ -66,13 +71,13 @@ const float* guided(const Call& c, const T* output, int64_t sample, int64_t at, 
   return room;
 }
 
-template <class T>
-void run(const Call& c, const T* output, T* model_input) {
+template <class S, class T>
+void run(const Call<S>& c, const T* output, T* model_input) {
   const auto step = [&](int64_t sample, int64_t offset, int64_t n, const float* noise) {
     const float* r = c.table + kWidth * c.row[sample];
     const int64_t at = sample * c.d.sample() + offset;
-    float m_room[kRun], x0[kRun], input_room[kRun];
-    const float* x = c.x + at;
+    float x_room[kRun], m_room[kRun], x0[kRun], past_room[4][kRun], room[kRun];
+    const float* x = as_float(c.x + at, x_room, n);
     const float* m = guided(c, output, sample, at, n, m_room);
     const float a = r[kA], b = r[kB], clip = r[kClip];
     for (int64_t i = 0; i < n; ++i) {
@@ -82,9 +87,18 @@ void run(const Call& c, const T* output, T* model_input) {
     }
     Terms terms = {x, m, x0};
     for (size_t j = 0; j < c.past.size(); ++j) {
-      terms[3 + j] = c.past[j] == nullptr ? nullptr : c.past[j] + at;
+      terms[3 + j] = c.past[j] == nullptr ? nullptr : as_float(c.past[j] + at, past_room[j], n);
     }
-    float* next = c.x_next + at;
+    const auto make = [&](Column block, S* result) {
+      if (result != nullptr) {
+        float* out = place(result + at, room);
+        combine(r + block, terms, out, n);
+        put(out, result + at, n);
+      }
+    };
+    make(kNextBase, c.base_next);
+    make(kNextH, c.h_next);
+    float* next = c.x_next == nullptr ? room : place(c.x_next + at, room);
     combine(r + kNext, terms, next, n);
     if (noise != nullptr) {
       const float scale = r[kNoise];
@@ -92,20 +106,19 @@ void run(const Call& c, const T* output, T* model_input) {
         next[i] += scale * noise[i];
       }
     }
-    const float c_in = r[kWidth + kCIn];
-    float* input = place(model_input + at, input_room);
-    for (int64_t i = 0; i < n; ++i) {
-      input[i] = c_in * next[i];
+    if (c.x_next != nullptr) {
+      put(next, c.x_next + at, n);
     }
-    put(input, model_input + at, n);
-    if (c.guidance != nullptr) {
-      std::memcpy(model_input + c.d.batch * c.d.sample() + at, model_input + at, n * sizeof(T));
-    }
-    if (c.base_next != nullptr) {
-      combine(r + kNextBase, terms, c.base_next + at, n);
-    }
-    if (c.h_next != nullptr) {
-      combine(r + kNextH, terms, c.h_next + at, n);
+    if (model_input != nullptr) {
+      const float c_in = r[kWidth + kCIn];
+      float* input = place(model_input + at, m_room);  // m is used up
+      for (int64_t i = 0; i < n; ++i) {
+        input[i] = c_in * next[i];
+      }
+      put(input, model_input + at, n);
+      if (c.guidance != nullptr) {
+        std::memcpy(model_input + c.d.batch * c.d.sample() + at, model_input + at, n * sizeof(T));
+      }
     }
   };
   if (c.keys == nullptr) {
@@ -118,15 +131,15 @@ void run(const Call& c, const T* output, T* model_input) {
 }
 
 using Maybe = std::optional<Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(const Tensor& x, const Tensor& model_output,
-                                                        const Tensor& table, const Tensor& row, const Maybe& keys,
-                                                        const Maybe& guidance, const Maybe& base, const Maybe& h0,
-                                                        const Maybe& h1, const Maybe& h2) {
-  Call c{};
+template <class S, class T>
+Results typed(const Tensor& x, const Tensor& model_output, const Tensor& table, const Tensor& row, const Maybe& keys,
+              const Maybe& guidance, const Maybe& base, const Maybe& h0, const Maybe& h1, const Maybe& h2,
+              int64_t results) {
+  Call<S> c{};
   c.d = dense(kOp, "x", x);
-  check(x.scalar_type() == ScalarType::Float, kOp, ": x must be float32");
-  c.x = static_cast<const float*>(x.const_data_ptr());
+  c.x = static_cast<const S*>(x.const_data_ptr());
   check(table.dim() == 2 && table.size(1) == kWidth && table.size(0) >= 2, kOp, ": table must be [R + 1, ", kWidth,
         "] with a row and the one after it, got ", shape_of(table));
   c.table = float_data(kOp, "table", table);
@@ -138,25 +151,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(const Tensor& x, const T
           shape_of(*guidance));
     c.guidance = float_data(kOp, "guidance", *guidance);
   }
-  const auto state = [&](const char* name, const Maybe& t) {
-    return t ? data_like<float>(kOp, name, *t, ScalarType::Float, x, c.d.batch) : nullptr;
+  const ScalarType state = x.scalar_type(), dtype = model_output.scalar_type();
+  const auto past = [&](const char* name, const Maybe& t) {
+    return t ? data_like<S>(kOp, name, *t, state, x, c.d.batch) : nullptr;
   };
-  c.past = {state("h0", h0), state("h1", h1), state("h2", h2), state("base", base)};
+  c.past = {past("h0", h0), past("h1", h1), past("h2", h2), past("base", base)};
 
-  const auto empty = [&](bool there) {
-    return there ? empty_as(x, ScalarType::Float, c.d.batch) : no_elements(ScalarType::Float);
-  };
-  const Tensor x_next = empty(true), base_next = empty(base.has_value()), h_next = empty(h0.has_value());
-  c.x_next = data_of<float>(x_next);
-  c.base_next = base ? data_of<float>(base_next) : nullptr;
-  c.h_next = h0 ? data_of<float>(h_next) : nullptr;
-  const ScalarType dtype = model_output.scalar_type();
   const int64_t model_batch = (guidance ? 2 : 1) * c.d.batch;
-  const Tensor model_input = empty_as(x, dtype, model_batch);
-  with_dtype(kOp, dtype, [&]<class T>(T*) {
-    run(c, data_like<T>(kOp, "model_output", model_output, dtype, x, model_batch), data_of<T>(model_input));
-  });
+  const auto empty = [&](Result result, ScalarType of, int64_t batch) {
+    return results & result ? empty_as(x, of, batch) : no_elements(of);
+  };
+  const Tensor x_next = empty(kMakesNext, state, c.d.batch), model_input = empty(kMakesInput, dtype, model_batch),
+               base_next = empty(kMakesBase, state, c.d.batch), h_next = empty(kMakesHistory, state, c.d.batch);
+  c.x_next = results & kMakesNext ? data_of<S>(x_next) : nullptr;
+  c.base_next = results & kMakesBase ? data_of<S>(base_next) : nullptr;
+  c.h_next = results & kMakesHistory ? data_of<S>(h_next) : nullptr;
+  run(c, data_like<T>(kOp, "model_output", model_output, dtype, x, model_batch),
+      results & kMakesInput ? data_of<T>(model_input) : nullptr);
   return {x_next, model_input, base_next, h_next};
+}
+
+Results sampler_step(const Tensor& x, const Tensor& model_output, const Tensor& table, const Tensor& row,
+                     const Maybe& keys, const Maybe& guidance, const Maybe& base, const Maybe& h0, const Maybe& h1,
+                     const Maybe& h2, std::optional<int64_t> results) {
+  const ScalarType state = x.scalar_type(), dtype = model_output.scalar_type();
+  check(state == ScalarType::Float || state == dtype, kOp, ": x must be float32, or have the dtype of model_output");
+  const int64_t made =
+      results.value_or(kMakesNext | kMakesInput | (base ? kMakesBase : 0) | (h0 ? kMakesHistory : 0));
+  std::optional<Results> out;
+  with_dtype(kOp, dtype, [&]<class T>(T*) {
+    out = state == ScalarType::Float
+              ? typed<float, T>(x, model_output, table, row, keys, guidance, base, h0, h1, h2, made)
+              : typed<T, T>(x, model_output, table, row, keys, guidance, base, h0, h1, h2, made);
+  });
+  return *out;
 }
 
 }  // namespace
@@ -164,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampler_step(const Tensor& x, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
   m.def(
       "sampler_step(Tensor x, Tensor model_output, Tensor table, Tensor row, Tensor? keys, Tensor? guidance, "
-      "Tensor? base, Tensor? h0, Tensor? h1, Tensor? h2) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? base, Tensor? h0, Tensor? h1, Tensor? h2, int? results) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("sampler_step", TORCH_BOX(&sampler_step)); }

@@ -14,9 +14,10 @@ def step_variance(t: Point, s: Point) -> float:
     return t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
 
 
-def posterior(t: Point, s: Point) -> tuple[Weights, float]:
-    """Mean and variance of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 3)."""
-    beta = step_variance(t, s)
+def posterior(t: Point, s: Point, beta: float | None = None) -> tuple[Weights, float]:
+    """Mean and variance of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7; Kingma et al. 2021, eq. 3). beta: the variance of
+    x_t given x_s, where it is known."""
+    beta = step_variance(t, s) if beta is None else beta
     mean = t.alpha / s.alpha * s.sigma**2 / t.sigma**2 * X + s.alpha * beta / t.sigma**2 * X0
     return mean, beta * s.sigma**2 / t.sigma**2
 

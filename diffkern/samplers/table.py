@@ -68,10 +68,10 @@ class Row:
         return values
 
     def check(self, name: str, index: int) -> None:
-        """Raise ValueError for a coefficient that is not finite, in row `index` of the table of that name."""
+        """Raise ValueError for a coefficient that is not finite, or not real, in row `index` of table `name`."""
         columns = self.columns(0)
         columns[CLIP] = 0.0  # an infinite clip bound means no clipping
-        if not all(map(math.isfinite, columns)):
+        if any(isinstance(c, complex) or not math.isfinite(c) for c in columns):
             raise ValueError(
                 f"{name}: row {index} has a coefficient that is not finite; with this schedule the prediction type "
                 "cannot give x0 there (a zero-terminal-SNR schedule needs v or x0 prediction)"

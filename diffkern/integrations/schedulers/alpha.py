@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffkern.integrations.schedulers.fused import FusedScheduler
-from diffkern.samplers.ddpm import ddim_step, posterior, step_variance
+from diffkern.ops.sampler_step import MAKES_HISTORY
+from diffkern.samplers.ddpm import ddim_step, posterior
 from diffkern.samplers.grid import Point
 from diffkern.samplers.lcm import consistency
 from diffkern.samplers.plms import adams_bashforth, transfer
@@ -29,7 +30,7 @@ class AlphaScheduler(FusedScheduler):
         config = scheduler.config
         if config.get("thresholding"):
             return "thresholding must be False: dynamic thresholding is no linear combination"
-        kinds = ("epsilon", "v_prediction") if cls is PNDM else ("epsilon", "sample", "v_prediction")
+        kinds = ("epsilon", "v_prediction") if issubclass(cls, PNDM) else ("epsilon", "sample", "v_prediction")
         if config.prediction_type not in kinds:
             return f"prediction_type must be {', '.join(kinds[:-1])} or {kinds[-1]}, not {config.prediction_type!r}"
         if config.get("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
@@ -86,17 +87,21 @@ class DDPM(AlphaScheduler):
         t = self.on_host(timestep)
 
         def make() -> Row:
-            p, s = self.at(t), self.at(self._next(t))
-            mean, variance = posterior(p, s)
+            after = self._next(t)
+            beta = self._beta(t, after)
+            p = self.at(t)
+            mean, variance = posterior(p, self.at(after), beta)
             if self.variance_type == "fixed_large":
-                variance = step_variance(p, s)
+                variance = beta
             # diffusers keeps the variance above 1e-20, for its logarithm.
             return self.row(p, mean, noise=max(variance, 1e-20) ** 0.5 if t > 0 else 0.0, push=X0)
 
         noise = self.draw_noise(model_output, generator, model_output.dtype) if t > 0 else None
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         draw = self._step_number(t) if t > 0 else 0
-        done = self.apply(t, make, model_output, sample, dtype=dtype, noise=noise, draw=draw, h0=sample)
+        done = self.apply(
+            t, make, model_output, sample, dtype=dtype, wide=False, also=MAKES_HISTORY, noise=noise, draw=draw
+        )
         return done.prev_sample, done.history.to(dtype)
 
     def _next(self, t: int) -> int:
@@ -104,6 +109,13 @@ class DDPM(AlphaScheduler):
             return t - 1
         after = self._step_number(t)
         return int(self.levels.timesteps[after]) if after < len(self.levels.timesteps) else -1
+
+    def _beta(self, t: int, after: int) -> float:
+        """1 - alpha_bar_t / alpha_bar_s in float32 as diffusers has it: of neighbouring timesteps that is hardly more
+        than the last digits of a number near 1, which are to be the same."""
+        assert self.levels.host_alphas_cumprod is not None
+        alphas_cumprod = self.levels.host_alphas_cumprod.numpy()  # whose numbers keep their dtype
+        return float(1 - alphas_cumprod[t] / (alphas_cumprod[after] if after >= 0 else 1.0))
 
     def _step_number(self, t: int) -> int:
         return self.levels.timesteps.index(t) + 1
@@ -135,7 +147,9 @@ class DDIM(AlphaScheduler):
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         key = (t, eta, bool(use_clipped_model_output))
         draw = self.levels.timesteps.index(t) + 1 if eta > 0 and noise is None else 0
-        done = self.apply(key, make, model_output, sample, dtype=dtype, noise=noise, draw=draw, h0=sample)
+        done = self.apply(
+            key, make, model_output, sample, dtype=dtype, wide=False, also=MAKES_HISTORY, noise=noise, draw=draw
+        )
         return done.prev_sample, done.history.to(dtype)
 
 
@@ -157,7 +171,9 @@ class LCM(AlphaScheduler):
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
         noise = None if last else self.draw_noise(model_output, generator, dtype)
         draw = 0 if last else i + 1
-        done = self.apply((i, t), make, model_output, sample, dtype=dtype, noise=noise, draw=draw, h0=sample)
+        done = self.apply(
+            (i, t), make, model_output, sample, dtype=dtype, wide=False, also=MAKES_HISTORY, noise=noise, draw=draw
+        )
         self._step_index += 1
         return done.prev_sample, done.history.to(dtype)
 
@@ -198,7 +214,10 @@ class PNDM(AlphaScheduler):
             return self.row(p, transfer(self._kind(), p, self.at(end), H1, total if stage == 3 else M), push=total)
 
         dtype = torch.promote_types(m.dtype, x.dtype)
-        done = self.apply(("prk", self.counter, t), make, m, x, dtype=dtype, h0=so_far, h1=self.cur_sample)
+        done = self.apply(
+            ("prk", self.counter, t), make, m, x,
+            dtype=dtype, wide=False, also=MAKES_HISTORY, h0=so_far, h1=self.cur_sample,
+        )  # fmt: skip
         self.cur_model_output = 0 if stage == 3 else done.history
         return done.prev_sample
 
@@ -214,18 +233,18 @@ class PNDM(AlphaScheduler):
         def make() -> Row:
             p, s = self.at(start), self.at(start - self._stride())
             mean = (M + H0) / 2 if trapezoidal else adams_bashforth(order, M)
-            return self.row(p, transfer(self._kind(), p, s, H1 if trapezoidal else X, mean), push=M)
+            return self.row(p, transfer(self._kind(), p, s, H1 if trapezoidal else X, mean))
 
-        tensors = [past[-1], self.cur_sample] if trapezoidal else [*reversed(past)] or [m]
+        tensors = [past[-1], self.cur_sample] if trapezoidal else [*reversed(past)]
         slots: dict[str, Any] = dict(zip(("h0", "h1", "h2"), tensors, strict=False))
         dtype = torch.promote_types(m.dtype, x.dtype)
-        done = self.apply(("plms", start, order, trapezoidal), make, m, x, dtype=dtype, **slots)
+        done = self.apply(("plms", start, order, trapezoidal), make, m, x, dtype=dtype, wide=False, **slots)
         if self.counter == 0 and order == 1:
             self.cur_sample = x
         elif trapezoidal:
             self.cur_sample = None
         if not repeats:
-            self.ets = [*past, done.history]
+            self.ets = [*past, m]
         return done.prev_sample
 
     def _kind(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffkern.integrations.schedulers.fused import Result
 from diffkern.integrations.schedulers.sigma import AddsNoise, edm_reason, edm_x0
+from diffkern.ops.sampler_step import MAKES_HISTORY
 from diffkern.samplers.deis import deis_step
 from diffkern.samplers.dpm_solver import slopes_of_past, solver_step
 from diffkern.samplers.grid import Point
@@ -49,7 +50,7 @@ class MultistepScheduler(AddsNoise):
         if config.prediction_type == "flow_prediction":
             if not config.get("use_flow_sigmas"):
                 return "prediction_type flow_prediction needs use_flow_sigmas=True"
-            if cls.predicts_noise(scheduler) and cls is not DEIS:
+            if cls.predicts_noise(scheduler) and not issubclass(cls, DEIS):
                 return "prediction_type flow_prediction needs a solver in the data prediction"
         return None
 
@@ -85,10 +86,9 @@ class MultistepScheduler(AddsNoise):
     def remember(self, done: Result) -> None:
         self.model_outputs = [*self.model_outputs[1:], done.history]
 
-    def past(self, count: int, x: Tensor) -> dict[str, Any]:
-        """The past predictions that a step reads. The op makes a new one beside h0, so that there always is an h0."""
-        read = [self.model_outputs[-1 - j] for j in range(count)] or [x]
-        return dict(zip(("h0", "h1", "h2"), read, strict=False))
+    def past(self, count: int) -> dict[str, Any]:
+        """The past predictions that a step reads."""
+        return {f"h{j}": self.model_outputs[-1 - j] for j in range(count)}
 
 
 class DPMSolver(MultistepScheduler):
@@ -117,7 +117,7 @@ class DPMSolver(MultistepScheduler):
             draw = i + 1
         done = self.apply(
             (i, order), lambda: self._row_of(i, order), model_output, sample,
-            dtype=dtype, noise=noise, draw=draw, **self.past(order - 1, sample),
+            dtype=dtype, also=MAKES_HISTORY, noise=noise, draw=draw, **self.past(order - 1),
         )  # fmt: skip
         self.remember(done)
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
@@ -197,8 +197,8 @@ class DPMSolverSinglestep(MultistepScheduler):
             noise = self.draw_noise(model_output, generator, dtype)
             draw = i + 1
         done = self.apply(
-            (i, order), lambda: self._row_of(i, order), model_output, sample, dtype=dtype, noise=noise, draw=draw,
-            base=self.sample if order > 1 else None, **self.past(order - 1, sample),
+            (i, order), lambda: self._row_of(i, order), model_output, sample, dtype=dtype, also=MAKES_HISTORY,
+            noise=noise, draw=draw, base=self.sample if order > 1 else None, **self.past(order - 1),
         )  # fmt: skip
         self.remember(done)
         self._step_index += 1
@@ -242,7 +242,9 @@ class DEIS(MultistepScheduler):
             return Row(0.0, self.x0(p), x, push=self.newest(p))
 
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
-        done = self.apply((i, order), make, model_output, sample, dtype=dtype, **self.past(order - 1, sample))
+        done = self.apply(
+            (i, order), make, model_output, sample, dtype=dtype, also=MAKES_HISTORY, **self.past(order - 1)
+        )
         self.remember(done)
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
         self._step_index += 1

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from diffkern.integrations.schedulers.fused import FusedScheduler
+from diffkern.ops.sampler_step import MAKES_BASE, MAKES_HISTORY
 from diffkern.samplers.euler import ancestral, euler_step
 from diffkern.samplers.grid import Point, point
 from diffkern.samplers.heun import average_slope
-from diffkern.samplers.table import H0, H2, X0, M, Row, Weights, X
+from diffkern.samplers.table import H0, H2, X0, Row, Weights, X
 from diffkern.schedules import PREDICTION_TYPES, x0_weights
 
 
@@ -46,6 +47,10 @@ class IndexedScheduler(FusedScheduler):
         return torch.tensor([find(t, known) for t in timesteps.tolist()])
 
 
+def is_index(timestep: Any) -> bool:
+    return timestep.dtype in (torch.int32, torch.int64) if isinstance(timestep, Tensor) else isinstance(timestep, int)
+
+
 class AddsNoise(IndexedScheduler):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha_t original_samples + sigma_t noise in one pass. original_samples, noise: [B, ...]. timesteps: [B]."""
@@ -59,16 +64,15 @@ class SigmaScheduler(AddsNoise):
 
     @classmethod
     def why_not(cls, scheduler: Any) -> str | None:
-        kinds = ("epsilon", "v_prediction") if cls is EulerAncestral else ("epsilon", "v_prediction", "sample")
+        kinds = ("epsilon", "v_prediction", *(() if issubclass(cls, EulerAncestral) else ("sample",)))
         kind = scheduler.config.prediction_type
-        if kind in kinds or (kind == "original_sample" and cls is Euler):
+        if kind in kinds or (kind == "original_sample" and issubclass(cls, Euler)):
             return None
         return f"prediction_type must be {', '.join(kinds[:-1])} or {kinds[-1]}, not {kind!r}"
 
     def is_regular(self, call: dict[str, Any]) -> bool:
         # diffusers refuses an index for a timestep, and warns of an input that was not scaled.
-        index = isinstance(call["timestep"], (int, torch.IntTensor, torch.LongTensor))
-        return not index and self.is_scale_input_called
+        return self.is_scale_input_called and not is_index(call["timestep"])
 
     def noise_levels(self) -> list[Point]:
         return [Point(0.0, 1.0, sigma) for sigma in self.levels.sigmas]
@@ -104,8 +108,9 @@ class Euler(SigmaScheduler):
 
         noise = self.draw_noise(model_output, generator, model_output.dtype) if gamma > 0 else None
         done = self.apply(
-            (i, gamma, s_noise), make, model_output, sample, dtype=model_output.dtype, noise=noise, h0=sample
-        )
+            (i, gamma, s_noise), make, model_output, sample,
+            dtype=model_output.dtype, also=MAKES_HISTORY, noise=noise,
+        )  # fmt: skip
         self._step_index += 1
         return done.prev_sample, done.history
 
@@ -152,7 +157,7 @@ class EulerAncestral(SigmaScheduler):
 
         noise = self.draw_noise(model_output, generator, model_output.dtype)
         dtype = model_output.dtype
-        done = self.apply(i, make, model_output, sample, dtype=dtype, noise=noise, draw=i + 1, h0=sample)
+        done = self.apply(i, make, model_output, sample, dtype=dtype, also=MAKES_HISTORY, noise=noise, draw=i + 1)
         self._step_index += 1
         return done.prev_sample, done.history
 
@@ -181,8 +186,9 @@ class Heun(SigmaScheduler):
             return Row(0.0, self.x0(point(self.path, s if first else t)), next, push=slope, base=X0, clip=clip)
 
         dtype = torch.promote_types(model_output.dtype, sample.dtype)
-        past = (sample, sample) if first else (self.sample, self.prev_derivative)
-        done = self.apply((i, first), make, model_output, sample, dtype=dtype, base=past[0], h0=past[1])
+        also = MAKES_BASE | MAKES_HISTORY if first else MAKES_BASE
+        past: dict[str, Any] = {} if first else {"base": self.sample, "h0": self.prev_derivative}
+        done = self.apply((i, first), make, model_output, sample, dtype=dtype, wide=False, also=also, **past)
         self.prev_derivative, self.dt, self.sample = (done.history, t - s, sample) if first else (None, None, None)
         self._step_index += 1
         return done.prev_sample, done.base.to(dtype)
@@ -200,25 +206,25 @@ class FlowMatchEuler(IndexedScheduler):
 
     def is_regular(self, call: dict[str, Any]) -> bool:
         # diffusers refuses an index for a timestep.
-        index = isinstance(call["timestep"], (int, torch.IntTensor, torch.LongTensor))
-        return not index and call.get("per_token_timesteps") is None
+        return call.get("per_token_timesteps") is None and not is_index(call["timestep"])
 
     def fused_step(self, *, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any, **_: Any) -> Any:
         i = self.step_at(timestep)
-        stochastic = bool(self.config.get("stochastic_sampling"))
+        dtype, wide = model_output.dtype, torch.promote_types(model_output.dtype, torch.float32)
+        if self.config.get("stochastic_sampling"):  # to the data, and back with fresh noise
 
-        def make() -> Row:
-            p, t = self.at(i), self.at(i + 1)
-            if stochastic:  # to the data, and back with fresh noise
+            def make() -> Row:
+                p, t = self.at(i), self.at(i + 1)
                 return Row(0.0, x0_weights("flow", p.alpha, p.sigma), t.alpha * X0, noise=t.sigma)
-            # The output is the slope itself; it is not found through x0, as inverted sigmas may start at 0.
-            return Row(0.0, (1.0, 0.0), X + (t.sigma - p.sigma) * M)
 
-        noise = self.draw_noise(model_output, generator, torch.float32) if stochastic else None
-        draw, dtype = i + 1 if stochastic else 0, model_output.dtype
-        done = self.apply(i, make, model_output, sample, dtype=dtype, noise=noise, draw=draw)
+            noise = self.draw_noise(model_output, generator, torch.float32)
+            prev = self.apply(i, make, model_output, sample, dtype=dtype, wide=False, noise=noise, draw=i + 1)[0]
+        else:
+            # The output is the slope itself: one addition, which needs no row.
+            step = self.levels.sigmas[i + 1] - self.levels.sigmas[i]
+            prev = torch.add(sample.to(wide), model_output, alpha=step).to(dtype)
         self._step_index += 1
-        return (done.prev_sample,)
+        return (prev,)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """(1 - sigma_t) sample + sigma_t noise in one pass. sample, noise: [B, ...]. timestep: [B]."""

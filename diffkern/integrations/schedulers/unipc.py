@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from diffkern.integrations.schedulers.multistep import MultistepScheduler
+from diffkern.ops.sampler_step import MAKES_BASE, MAKES_HISTORY
 from diffkern.samplers.table import BASE, H0, H1, H2, Row, X
 from diffkern.samplers.unipc import unified_step
 
@@ -42,7 +43,7 @@ class UniPC(MultistepScheduler):
         read = max(order - 1, corrected)
         done = self.apply(
             (i, order, corrected), lambda: self._row_of(i, order, corrected), model_output, sample, dtype=sample.dtype,
-            base=self.last_sample if corrects else sample, **self.past(read, sample),
+            also=MAKES_BASE | MAKES_HISTORY, base=self.last_sample if corrects else None, **self.past(read),
         )  # fmt: skip
         self.remember(done)
         self.timestep_list = [*self.timestep_list[1:], timestep]
