@@ -31,9 +31,9 @@ AS_FAST = ("LayerNorm", "FP32LayerNorm", "Embedding")
 def accelerate(pipe_or_module: Any, *, backend: str = "auto", schedulers: bool = True, strict: bool = False) -> Report:
     """Run a diffusers pipeline or model in diffkern's ops, in place, with the same results up to rounding.
 
-    pipe_or_module: a diffusers pipeline, whose diffusers models are accelerated, or any module. backend: of the models' ops;
-    "auto" takes the fastest for each call. schedulers: whether the scheduler of a pipeline steps in one op. strict:
-    raise, before anything is changed, if a part of a diffusers model or the scheduler would be left as it is.
+    pipe_or_module: a diffusers pipeline, whose diffusers models are accelerated, or any module. backend: of the models'
+    ops; "auto" takes the fastest for each call. schedulers: whether the scheduler of a pipeline steps in one op.
+    strict: raise, before anything is changed, if a part of a diffusers model or the scheduler would be left as it is.
 
     Weights, hooks and config stay the same objects. What is changed later (weights in place, LoRA layers, attention
     processors) shows in the next call. Calls that need gradients run as before. Returns a Report of what was replaced
