@@ -154,6 +154,7 @@ class DiT(nn.Module):
     OPS = (
         "timestep_embedding",
         "linear",
+        "query_key_value",
         "attention",
         "layer_norm_modulate",
         "gate_residual_norm_modulate",

@@ -124,8 +124,16 @@ def _(
     shape = _check(x, weight, bias, activation, residual, gate)
     if not x.numel() or not weight.numel():
         return compose(x, weight, bias, activation, residual, gate)
-    dtype, multiply = compute_dtype(x.dtype), torch.ops.mkldnn._linear_pointwise
-    copy = packed(weight, ("linear", dtype), lambda: _pack(weight, dtype))
+    copy = packed([weight], ("linear", compute_dtype(x.dtype)), lambda: pack(weight))
+    return multiply(x, copy, bias, activation, residual, gate, shape)
+
+
+def multiply(
+    x: Tensor, copy: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None,
+    shape: list[int],
+) -> Tensor:  # fmt: skip
+    """The arguments of the op with the weight as `pack` makes it, and the shape of the result."""
+    dtype, product = compute_dtype(x.dtype), torch.ops.mkldnn._linear_pointwise
     if dtype != x.dtype and bias is not None:
         bias = bias.to(dtype)
     rows, k = x.to(dtype) if dtype != x.dtype else x, x.shape[-1]
@@ -137,20 +145,22 @@ def _(
     residual, gate = (t if t is None or t.is_contiguous() else t.contiguous() for t in (residual, gate))
     fused = dtype == x.dtype and gate is None
     if fused and residual is None and activation in _POST_OPS:
-        y = multiply(rows, copy, bias, *_POST_OPS[activation])
+        y = product(rows, copy, bias, *_POST_OPS[activation])
         return y[:1].view(shape) if alone else y
     if fused and residual is not None and activation == "none":
-        y = multiply.binary(rows, residual, copy, bias, "add")
+        y = product.binary(rows, residual, copy, bias, "add")
         return y[:1].view(shape) if alone else y
-    y = multiply(rows, copy, bias, *_POST_OPS["none"])
+    y = product(rows, copy, bias, *_POST_OPS["none"])
     y, residual = (y[:1], residual if residual is None else residual[:1]) if alone else (y, residual)
     out = torch.empty(shape, dtype=x.dtype) if dtype != x.dtype or activation in GATED else y
     torch.ops.diffkern_C.epilogue(out, y, None, _NUMBER[activation], gate, residual)
     return out.view(shape) if alone else out
 
 
-def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), _ROWS)
+def pack(weight: Tensor) -> Tensor:
+    """A weight [N, K] as oneDNN multiplies with it, in the dtype that its products are computed in."""
+    wide = weight.detach().to(compute_dtype(weight.dtype)).contiguous()
+    return torch.ops.mkldnn._reorder_linear_weight(wide, _ROWS)
 
 
 @linear.gradient
