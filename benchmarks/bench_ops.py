@@ -26,7 +26,7 @@ from diffkern.op import OPS, Cost, Op
 from diffkern.testing import check
 
 Call = Callable[[], Any]
-PRODUCTS = ("linear", "conv2d", "attention")  # the ops whose floor is arithmetic
+PRODUCTS = ("linear", "query_key_value", "conv2d", "attention")  # the ops whose floor is arithmetic
 SIDE = 1024  # of the weight of the matmul that they are compared with
 
 

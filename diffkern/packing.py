@@ -20,44 +20,60 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-class _Packed(NamedTuple):
+class _Known(NamedTuple):
+    """A weight as it was when it was packed."""
+
     owner: weakref.ref[Tensor]
     mapping: Tensor | None  # the weight, if it is of a file: no other can come to its address as long as this is kept
     stamp: tuple[int, int]
+
+    def is_still(self, weight: Tensor) -> bool:
+        return self.owner() is _owner(weight) and self.stamp == _stamp(weight, self.mapping is not None)
+
+
+class _Packed(NamedTuple):
+    weights: list[_Known]
     copy: Tensor
 
 
-_kept: dict[tuple[int, Hashable], _Packed] = {}
+_kept: dict[tuple[Hashable, ...], _Packed] = {}
 
 
-def packed(weight: Tensor, how: Hashable, pack: Callable[[], Tensor]) -> Tensor:
-    """The copy that `pack()` makes of a weight, made again only when the weight has changed. `how` names all that the
-    copy depends on beside the weight. A view, made anew in every call, is known by what it is a view of."""
-    if weight.is_inference() or not _keeps():
+def packed(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor]) -> Tensor:
+    """The copy that `pack()` makes of one weight or of several, made again only when one of them has changed. `how`
+    names all that the copy depends on beside the weights. A view, made anew in every call, is known by what it is a
+    view of."""
+    if not _keeps() or any(w.is_inference() for w in weights):
         return pack()
-    owner = weight._base
-    if owner is None:
-        owner = weight
-    else:
-        how = (how, weight.storage_offset(), weight.shape, weight.stride())
-    key = (id(owner), how)
+    key = (how, *[id(w) if w._base is None else _place(w) for w in weights])
     known = _kept.get(key)
-    if known is not None and known.owner() is owner and known.stamp == _stamp(weight, known.mapping is not None):
+    if known is not None and all(k.is_still(w) for k, w in zip(known.weights, weights, strict=True)):
         return known.copy
-    mapped = torch.ops.diffkern_C.of_a_file(weight)
-    stamp, copy = _stamp(weight, mapped), pack()
-    if mapped:
-        torch.ops.diffkern_C.give_back(weight)
-    forget = weakref.ref(owner, lambda _: _kept.pop(key, None))
-    _kept[key] = _Packed(forget, weight.detach() if mapped else None, stamp, copy)
+    mapped = [torch.ops.diffkern_C.of_a_file(w) for w in weights]
+    stamps, copy = [_stamp(w, m) for w, m in zip(weights, mapped, strict=True)], pack()
+    found = []
+    for weight, of_a_file, stamp in zip(weights, mapped, stamps, strict=True):
+        if of_a_file:
+            torch.ops.diffkern_C.give_back(weight)
+        forget = weakref.ref(_owner(weight), lambda _: _kept.pop(key, None))
+        found.append(_Known(forget, weight.detach() if of_a_file else None, stamp))
+    _kept[key] = _Packed(found, copy)
     return copy
+
+
+def _owner(weight: Tensor) -> Tensor:
+    return weight if weight._base is None else weight._base
+
+
+def _place(view: Tensor) -> Hashable:
+    return id(view._base), view.storage_offset(), view.shape, view.stride()
 
 
 def _stamp(weight: Tensor, mapped: bool) -> tuple[int, int]:

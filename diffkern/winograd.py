@@ -57,7 +57,7 @@ def convolve(
     """The arguments of diffkern.conv2d, x and residual channels_last, in tiles of `pixels` x `pixels`, 2 or 4. Returns
     [B, N, H', W'], channels_last."""
     copy = packed(
-        weight,
+        [weight],
         ("winograd", upsample, pixels),
         lambda: torch.ops.diffkern_C.winograd_weight(
             weight if is_dense(weight) else weight.contiguous(), upsample, pixels

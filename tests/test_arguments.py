@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,6 +21,11 @@ STEP = (X, X, TABLE, ROW, KEYS, None, None, None, None, None, None)
 
 def step(**other) -> tuple:
     return tuple(other.get(name, a) for name, a in zip(OPS["sampler_step"].signature.parameters, STEP, strict=True))
+
+
+def qkv(**changes: Any) -> tuple[Any, ...]:
+    weights = {f"{name}_weight": torch.ones(3, 6) for name in "qkv"}
+    return tuple({"x": X, **weights, **{f"{name}_bias": torch.ones(3) for name in "qkv"}, **changes}.values())
 
 
 def conv(**other) -> tuple:
@@ -58,6 +65,11 @@ WRONG = [
     ("linear", (X, torch.ones(3, 6), None, "relu", None, None), "activation must be one of none, silu, .*'relu'"),
     ("linear", (X, torch.ones(3, 6), None, "none", X, None), r"residual must be \[2, 4, 6, 3\], got \[2, 4, 6, 6\]"),
     ("linear", (X, torch.ones(3, 6), None, "none", None, torch.ones(3)), r"gate must be \[2, 3\], got \[3\]"),
+    ("query_key_value", qkv(k_weight=torch.ones(2, 6)), r"k_weight must be \[3, 6\], got \[2, 6\]"),
+    ("query_key_value", qkv(q_weight=torch.ones(3, 5)), r"q_weight must be \[N, 6\], got \[3, 5\]"),
+    ("query_key_value", qkv(v_bias=torch.ones(4)), r"v_bias must be \[3\], got \[4\]"),
+    ("query_key_value", qkv(v_bias=None), "a bias must be given to all three or to none, got none of v"),
+    ("query_key_value", qkv(x=X[0, 0, 0]), r"x must be \[B, ..., K\], got \[6\]"),
     ("conv2d", conv(weight=torch.ones(3, 5, 3, 3)), r"weight must be \[N, 4, R, S\], got \[3, 5, 3, 3\]"),
     ("conv2d", conv(bias=torch.ones(4)), r"bias must be \[3\], got \[4\]"),
     ("conv2d", conv(stride=0), "stride must be 1 and above, got 0"),

@@ -19,7 +19,7 @@ from diffkern.op import OPS
 from diffkern.schedules import cosine
 from diffkern.testing import tensors
 
-PRODUCTS = ("linear", "conv2d", "attention")
+PRODUCTS = ("linear", "query_key_value", "conv2d", "attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 

@@ -135,7 +135,7 @@ def test_a_change_while_packing_is_kept(tmp_path):
         return copy
 
     for _ in range(3):
-        copy = packing.packed(m.weight, "test", pack)
+        copy = packing.packed([m.weight], "test", pack)
     assert m.weight[300, 301] == copy[300, 301] == 7.0
     assert packs == 2
 

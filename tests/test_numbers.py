@@ -20,7 +20,7 @@ from diffkern.testing import make, tensors, ulp
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("cpu", "triton", "reference")
 MEMORY = ("contiguous", "channels_last")
-SUMS = ("linear", "conv2d", "attention", "group_norm_silu", "group_norm_silu_backward")
+SUMS = ("linear", "query_key_value", "conv2d", "attention", "group_norm_silu", "group_norm_silu_backward")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -171,7 +171,10 @@ def calls(op: Any, dtype: torch.dtype, workloads: bool):
             yield sample.name, args, batch
 
 
-SHARED = ("table", "alpha_sigma", "weight", "bias", "q_weight", "k_weight", "cos", "sin")  # by all samples
+SHARED = (
+    "table", "alpha_sigma", "weight", "bias", "q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "cos",
+    "sin",
+)  # fmt: skip  # by all samples
 
 
 def alone(op: Any, args: tuple[Any, ...], i: int, batch: int) -> tuple[Any, ...]:
@@ -198,6 +201,15 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(op, dtype, backend):
             for got, expected in zip(tensors(op(*alone(op, args, i, batch))), together, strict=True):
                 same = torch.equal(got, expected[i::batch]) if expected.numel() else not got.numel()
                 assert same, f"{name}: sample {i} of {batch} differs"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_long_row_of_three_layers_equals_itself_in_a_batch(dtype, cpu):
+    """oneDNN has two kernels for long rows, of which one is for a single row."""
+    x, weights = make((3, 1, 1100), "cpu", dtype), [make((5, 1100), "cpu", dtype, seed=s) for s in (1, 2, 3)]
+    together = diffkern.query_key_value(x, *weights)
+    for i in range(3):
+        assert torch.equal(diffkern.query_key_value(x[i : i + 1], *weights), together[i : i + 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

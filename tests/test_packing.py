@@ -86,11 +86,42 @@ def test_a_change_shows_in_the_next_call(change):
     assert right(m)
 
 
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_change_of_one_weight_of_three_shows_in_the_next_call(change, which):
+    layers = [nn.Linear(16, 12) for _ in range(3)]
+
+    def right_together() -> bool:
+        got = diffkern.query_key_value(X, *(m.weight for m in layers), *(m.bias for m in layers))
+        return torch.allclose(got, torch.stack([m(X) for m in layers], -2), atol=1e-5)
+
+    assert right_together()
+    kept = packing.kept_bytes()
+    change(layers[which])
+    assert right_together()
+    if change not in (step, assign):  # those pack a weight of their own, or give the layer another
+        assert packing.kept_bytes() == kept
+
+
+def test_one_copy_of_three_weights_is_freed_with_any_of_them():
+    gc.collect()
+    before = packing.kept_bytes()
+    layers = [nn.Linear(16, 12, bias=False) for _ in range(3)]
+    for _ in range(2):
+        diffkern.query_key_value(X, *(m.weight for m in layers))
+        assert packing.kept_bytes() == before + 3 * 12 * 16 * 4
+    twice = diffkern.query_key_value(X, layers[0].weight, layers[0].weight, layers[2].weight)
+    torch.testing.assert_close(twice[..., 1, :], layers[0](X))
+    del layers[2]
+    gc.collect()
+    assert packing.kept_bytes() == before
+
+
 def test_a_copy_is_made_once_and_freed_with_its_weight():
     gc.collect()
     before = packing.kept_bytes()
     m = layer()
-    copies = [packing.packed(m.weight, "test", m.weight.clone) for _ in range(3)]
+    copies = [packing.packed([m.weight], "test", m.weight.clone) for _ in range(3)]
     assert copies[0] is copies[1] is copies[2]
     del copies
     assert right(m)

@@ -13,6 +13,7 @@ from diffkern.ops.attention import attention
 from diffkern.ops.conv2d import conv2d
 from diffkern.ops.group_norm_silu import group_norm_silu
 from diffkern.ops.linear import GATED, linear
+from diffkern.ops.query_key_value import query_key_value
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor | None) -> Tensor:
@@ -144,11 +145,16 @@ class TokenAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None, residual: Tensor | None = None) -> Tensor:
         """x: [B, T, C], which attends to itself if there is no context. Returns [B, T, C], residual added."""
-        keys, values, mask = self.context(x) if context is None else context
-        # Samples with one context are to the attention more queries of one sample: nothing has to be repeated.
-        rows = len(keys)
-        queries = project(self.to_q, x).view(rows, len(x) // max(1, rows) * x.shape[1], *keys.shape[2:])
-        out = attention(queries, keys, values, mask=mask).view(x.shape)
+        if context is None:
+            q, k, v = self.to_q, self.to_k, self.to_v
+            every = query_key_value(x, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias)
+            out = attention(*every.unflatten(-1, (self.heads, -1)).unbind(-3))
+        else:
+            keys, values, mask = context
+            # Samples with one context are to the attention more queries of one sample: nothing has to be repeated.
+            rows = len(keys)
+            queries = project(self.to_q, x).view(rows, len(x) // max(1, rows) * x.shape[1], *keys.shape[2:])
+            out = attention(queries, keys, values, mask=mask).view(x.shape)
         return project(cast(nn.Linear, self.to_out[0]), out, residual=residual)
 
 

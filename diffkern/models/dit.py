@@ -154,6 +154,7 @@ class DiT(nn.Module):
     OPS = (
         "timestep_embedding",
         "linear",
+        "query_key_value",
         "attention",
         "layer_norm_modulate",
         "gate_residual_norm_modulate",
@@ -188,7 +189,7 @@ class DiT(nn.Module):
         dtype = self.proj_out_1.weight.dtype
         sinusoids = timestep_embedding(timestep, SINUSOIDS, freq_shift=1.0).to(dtype)
         vectors = [cast(_Block, b).norm1.emb(sinusoids, class_labels) for b in self.transformer_blocks]
-        rows = [cast(_Block, b).norm1.linear(v) for b, v in zip(self.transformer_blocks, vectors, strict=True)]
+        rows = [project(cast(_Block, b).norm1.linear, v) for b, v in zip(self.transformer_blocks, vectors, strict=True)]
         rows.append(self.proj_out_1(vectors[0]))
         return torch.cat([row.unflatten(1, (-1, self.config.width)).transpose(0, 1) for row in rows])
 

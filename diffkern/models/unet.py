@@ -54,7 +54,8 @@ class UNet2DConfig(UNetConfig):
 class UNet2D(UNet):
     """A denoiser of pictures: (x [B, C, H, W], timestep [B], class labels [B]) -> [B, out_channels, H, W]."""
 
-    OPS = ("timestep_embedding", "conv2d", "group_norm_silu", "linear", "attention")  # that a call runs
+    # that a call runs
+    OPS = ("timestep_embedding", "conv2d", "group_norm_silu", "linear", "query_key_value", "attention")
     CONFIG = UNet2DConfig
 
     def attention(self, kind: str, level: int) -> Attention | None:

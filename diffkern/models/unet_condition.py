@@ -101,7 +101,8 @@ class UNet2DCondition(UNet):
     """A denoiser of latents, given a prompt: (x [B, C, H, W], timestep [B], encoder_hidden_states [B, T, D]) ->
     [B, out_channels, H, W]. To sample, bind the prompt first: `diffkern.sample(unet.given(prompt), table)`."""
 
-    OPS = ("timestep_embedding", "conv2d", "group_norm_silu", "linear", "attention")  # that a call runs
+    # that a call runs
+    OPS = ("timestep_embedding", "conv2d", "group_norm_silu", "linear", "query_key_value", "attention")
     CONFIG = UNet2DConditionConfig
 
     def __init__(self, config: UNet2DConditionConfig) -> None:

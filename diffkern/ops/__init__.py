@@ -10,6 +10,7 @@ from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 from diffkern.ops.layer_norm_modulate_backward import layer_norm_modulate_backward
 from diffkern.ops.linear import linear
 from diffkern.ops.qk_norm_rope import qk_norm_rope
+from diffkern.ops.query_key_value import query_key_value
 from diffkern.ops.randn import Draw, noise_keys, randn
 from diffkern.ops.reparameterize import reparameterize
 from diffkern.ops.rms_norm import rms_norm
@@ -29,6 +30,7 @@ __all__ = [
     "linear",
     "noise_keys",
     "qk_norm_rope",
+    "query_key_value",
     "randn",
     "reparameterize",
     "rms_norm",

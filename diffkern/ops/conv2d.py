@@ -135,7 +135,7 @@ def _(
     else:
         place = ([top, left], [stride, stride], [1, 1], 1)
         copy = packed(
-            weight,
+            [weight],
             ("conv2d", dtype, stride, top, left, x.shape[2:]),
             lambda: _pack(weight.detach(), dtype, x.shape, *place),
         )
@@ -170,7 +170,7 @@ def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
     batch, _, height, width = x.shape
     n, place = len(weight), ([1, 1], [1, 1], [1, 1], 1)
     copy = packed(
-        weight,
+        [weight],
         ("conv2d upsampled", dtype, x.shape[2:]),
         lambda: _pack(quarters_of(weight.detach()), dtype, x.shape, *place),
     )

@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": lambda y: _halves(y, F.silu),
 }
 GATED = ("geglu", "swiglu")
+_NUMBER = {name: i for i, name in enumerate(ACTIVATIONS)}  # of an activation, in C++
 
 
 def _halves(y: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -123,28 +124,43 @@ def _(
     shape = _check(x, weight, bias, activation, residual, gate)
     if not x.numel() or not weight.numel():
         return compose(x, weight, bias, activation, residual, gate)
-    dtype, multiply = compute_dtype(x.dtype), torch.ops.mkldnn._linear_pointwise
-    copy = packed(weight, ("linear", dtype), lambda: _pack(weight, dtype))
-    bias = None if bias is None else bias.to(dtype)
-    n, k = x.numel() // x.shape[-1], x.shape[-1]
-    padded = 2 if n == 1 and k > _LONG else n
-    rows = x.reshape(n, k).to(dtype).expand(padded, k).contiguous()
-    residual = None if residual is None else residual.reshape(n, -1).expand(padded, -1).contiguous()
-    if dtype == x.dtype and gate is None:
-        if residual is None and activation in _POST_OPS:
-            return multiply(rows, copy, bias, *_POST_OPS[activation])[:n].view(shape)
-        if residual is not None and activation == "none":
-            return multiply.binary(rows, residual, copy, bias, "add")[:n].view(shape)
-    y = multiply(rows, copy, bias, *_POST_OPS["none"])[:n]
-    out = torch.empty(n, shape[-1], dtype=x.dtype) if dtype != x.dtype or activation in GATED else y
-    gate = None if gate is None else gate.contiguous()
-    residual = None if residual is None else residual[:n]
-    torch.ops.diffkern_C.epilogue(out, y, None, list(ACTIVATIONS).index(activation), gate, residual)
-    return out.view(shape)
+    copy = packed([weight], ("linear", compute_dtype(x.dtype)), lambda: pack(weight))
+    return multiply(x, copy, bias, activation, residual, gate, shape)
 
 
-def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), _ROWS)
+def multiply(
+    x: Tensor, copy: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None,
+    shape: list[int],
+) -> Tensor:  # fmt: skip
+    """The arguments of the op with the weight as `pack` makes it, and the shape of the result."""
+    dtype, product = compute_dtype(x.dtype), torch.ops.mkldnn._linear_pointwise
+    if dtype != x.dtype and bias is not None:
+        bias = bias.to(dtype)
+    rows, k = x.to(dtype) if dtype != x.dtype else x, x.shape[-1]
+    alone = x.numel() == k > _LONG
+    if alone:
+        rows = rows.reshape(1, k).expand(2, k)
+        residual = None if residual is None else residual.reshape(1, -1).expand(2, -1)
+    rows = rows if rows.is_contiguous() else rows.contiguous()
+    residual, gate = (t if t is None or t.is_contiguous() else t.contiguous() for t in (residual, gate))
+    fused = dtype == x.dtype and gate is None
+    if fused and residual is None and activation in _POST_OPS:
+        y = product(rows, copy, bias, *_POST_OPS[activation])
+        return y[:1].view(shape) if alone else y
+    if fused and residual is not None and activation == "none":
+        y = product.binary(rows, residual, copy, bias, "add")
+        return y[:1].view(shape) if alone else y
+    y = product(rows, copy, bias, *_POST_OPS["none"])
+    y, residual = (y[:1], residual if residual is None else residual[:1]) if alone else (y, residual)
+    out = torch.empty(shape, dtype=x.dtype) if dtype != x.dtype or activation in GATED else y
+    torch.ops.diffkern_C.epilogue(out, y, None, _NUMBER[activation], gate, residual)
+    return out.view(shape) if alone else out
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [N, K] as oneDNN multiplies with it, in the dtype that its products are computed in."""
+    wide = weight.detach().to(compute_dtype(weight.dtype)).contiguous()
+    return torch.ops.mkldnn._reorder_linear_weight(wide, _ROWS)
 
 
 @linear.gradient

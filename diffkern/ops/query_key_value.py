@@ -1,0 +1,145 @@
+"""The queries, keys and values that tokens attend to one another with (Vaswani et al. 2017, section 3.2.2), as one
+product: three linear layers of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffkern.invariant import apart, rows
+from diffkern.layout import accumulate, fast_dtype
+from diffkern.op import Backend, Cost, Sample, op
+from diffkern.ops.linear import multiply, pack
+from diffkern.packing import compute_dtype, packed
+
+
+@op
+def query_key_value(
+    x: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+) -> Tensor:
+    """x weight^T + bias for each of the three, side by side.
+
+    x: [B, ..., K]. q_weight, k_weight, v_weight: [N, K]. q_bias, k_bias, v_bias: [N], or None for all. Returns
+    [B, ..., 3, N] (queries, keys, values), contiguous, dtype of x."""
+    acc = accumulate(x.dtype)
+    layers = zip((q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), strict=True)
+    each = [F.linear(x.to(acc), w.to(acc), None if b is None else b.to(acc)) for w, b in layers]
+    return torch.stack(each, -2).to(x.dtype)
+
+
+def _supports(x: Tensor, *parameters: Tensor | None) -> bool | str:
+    if any(t is not None and t.dtype != x.dtype for t in parameters):
+        return "takes tensors of one dtype"
+    return fast_dtype(x.dtype)
+
+
+def _check(x: Tensor, *parameters: Tensor | None) -> list[int]:
+    """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
+
+    def refuse(name: str, must: str, got: object) -> None:
+        raise RuntimeError(f"diffkern::query_key_value: {name} must be {must}, got {got}")
+
+    weights, biases = parameters[:3], parameters[3:]
+    if x.dim() < 2:
+        refuse("x", "[B, ..., K]", list(x.shape))
+    first = weights[0]
+    assert first is not None
+    if first.dim() != 2 or first.shape[1] != x.shape[-1]:
+        refuse("q_weight", f"[N, {x.shape[-1]}]", list(first.shape))
+    for name, weight, bias in zip("qkv", weights, biases, strict=True):
+        if weight is not None and weight.shape != first.shape:
+            refuse(f"{name}_weight", str(list(first.shape)), list(weight.shape))
+        if bias is not None and bias.shape != first.shape[:1]:
+            refuse(f"{name}_bias", str(list(first.shape[:1])), list(bias.shape))
+        if (bias is None) != (biases[0] is None):
+            refuse("a bias", "given to all three or to none", f"none of {name}" if bias is None else f"one of {name}")
+    return [*x.shape[:-1], 3, first.shape[0]]
+
+
+@query_key_value.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
+def _(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
+    v_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    shape = _check(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
+    if not x.numel() or not q_weight.numel():
+        return compose(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
+    weights = [q_weight, k_weight, v_weight]
+    copy = packed(weights, ("query_key_value", compute_dtype(x.dtype)), lambda: pack(torch.cat(weights)))
+    bias = _joined(q_bias, k_bias, v_bias)
+    return multiply(x, copy, bias, "none", None, None, [*shape[:-2], 3 * shape[-1]]).view(shape)
+
+
+def _joined(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Tensor | None:
+    return None if q is None or k is None or v is None else torch.cat([q, k, v])
+
+
+@query_key_value.gradient
+@query_key_value.backend("torch", devices=("cpu", "cuda"), strided=True)
+def compose(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
+    v_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """PyTorch's kernel in the tensors' own dtype: joining the weights costs less than joining what they make."""
+    y = F.linear(x, torch.cat([q_weight, k_weight, v_weight]), _joined(q_bias, k_bias, v_bias))
+    return y.unflatten(-1, (3, q_weight.shape[0])).contiguous()
+
+
+# Not yet timed on a GPU: until a record says where it is faster, it comes last and runs only when it is asked for.
+@query_key_value.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+def _(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
+    v_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    from diffkern.kernels.linear import linear as kernel
+
+    shape = _check(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
+    weight, bias = torch.cat([q_weight, k_weight, v_weight]), _joined(q_bias, k_bias, v_bias)
+    return kernel(x.contiguous(), weight, bias, "none", None, None).view(shape)
+
+
+@query_key_value.batch_invariant
+def _(run: Backend, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    return (rows if x.dim() == 2 else apart)(lambda x: run(x, *parameters), x)
+
+
+@query_key_value.samples
+def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.testing import make
+
+    def sample(
+        name: str, shape: tuple[int, ...], n: int, bias: bool = True, layout: str = "contiguous", workload: bool = False
+    ) -> Sample:
+        def args() -> tuple[object, ...]:
+            k = shape[-1]
+            weights = [make((n, k), device, dtype, layout, seed=s) / max(1, k) ** 0.5 for s in (1, 2, 3)]
+            biases = [make((n,), device, dtype, seed=s) if bias else None for s in (4, 5, 6)]
+            return make(shape, device, dtype, layout), *weights, *biases
+
+        return Sample(name, args, workload)
+
+    yield sample("plain", (3, 5, 24), 16)
+    yield sample("odd, no bias", (3, 7, 33), 17, bias=False)
+    yield sample("strided", (2, 6, 20), 12, layout="strided")
+    yield sample("rows", (5, 16), 8)
+    yield sample("one element", (1, 1, 1), 1)
+    yield sample("no sample", (0, 3, 8), 4)
+    yield sample("no token", (2, 0, 8), 4, bias=False)
+    yield sample("DiT-S/2 256x256", (4, 256, 384), 384, workload=True)
+    yield sample("SD 1.5 attention 32x32", (2, 1024, 640), 640, bias=False, workload=True)
+
+
+@query_key_value.cost
+def _(x: Tensor, q_weight: Tensor, *parameters: Tensor | None) -> Cost:
+    tokens = x.numel() // max(1, x.shape[-1])
+    numbers = x.numel() + 3 * q_weight.numel() + 3 * tokens * q_weight.shape[0]
+    return Cost(bytes=numbers * x.element_size(), flops=6 * tokens * q_weight.numel())
