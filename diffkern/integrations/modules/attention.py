@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffkern.integrations.modules.base import Accelerated, is_part, is_silent, norm_silu, project
+from diffkern.integrations.modules.base import Accelerated, is_part, is_plain, is_silent, norm_silu, project, takes
 from diffkern.models.blocks import pixels_of, tokens_of
 from diffkern.ops.attention import attention
+from diffkern.ops.query_key_value import query_key_value
 
 
 class Attention(Accelerated):
     replaces = ("diffusers.models.attention_processor.Attention",)
-    ops = ("linear", "attention")
+    ops = ("query_key_value", "linear", "attention")
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
@@ -103,11 +104,27 @@ def scale_of(attn: Any) -> float | None:
 def queries_keys_values(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
     """The projections [B, T, H D], of tokens that attend to themselves or to a context."""
     if not attn.fused_projections:
+        layers = (attn.to_q, attn.to_k, attn.to_v)
+        if context is None and are_alike(layers, x):
+            (q, k, v), (q_bias, k_bias, v_bias) = ([getattr(a, n) for a in layers] for n in ("weight", "bias"))
+            return query_key_value(x, q, k, v, q_bias, k_bias, v_bias).unbind(-2)
         other = x if context is None else context
         return project(attn.to_q, x), project(attn.to_k, other), project(attn.to_v, other)
     if context is None or not attn.is_cross_attention:
         return project(attn.to_qkv, x if context is None else context).chunk(3, dim=-1)
     return project(attn.to_q, x), *project(attn.to_kv, context).chunk(2, dim=-1)
+
+
+def are_alike(layers: tuple[Any, ...], x: Tensor) -> bool:
+    """Whether layers of x are plain linear ones of one shape, so that they can be one product."""
+    first = layers[0]
+    return all(
+        is_plain(layer, nn.Linear)
+        and takes(layer.weight, x)
+        and layer.weight.shape == first.weight.shape
+        and (layer.bias is None) == (first.bias is None)
+        for layer in layers
+    )
 
 
 def mask_of(mask: Tensor | None, keys: Tensor) -> Any:
