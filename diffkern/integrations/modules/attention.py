@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from diffkern.integrations.modules.base import Accelerated, is_part, is_silent, norm_silu, project
+from diffkern.integrations.modules.heads import joint
 from diffkern.models.blocks import pixels_of, tokens_of
 from diffkern.ops.attention import attention
 
 
 class Attention(Accelerated):
     replaces = ("diffusers.models.attention_processor.Attention",)
-    ops = ("linear", "attention")
+    ops = ("linear", "qk_norm_rope", "attention")
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
@@ -149,4 +150,5 @@ TOKENS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
 PROCESSORS: dict[str, Processor] = {
     **dict.fromkeys(TOKENS, self_or_cross),
     **dict.fromkeys(("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"), added_keys),
+    **dict.fromkeys(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), joint),
 }
