@@ -11,6 +11,8 @@ from diffkern.integrations.modules.base import Accelerated, is_plain, project
 from diffkern.integrations.modules.heads import IMAGE, PROMPT, attend_together, dispatch_reason, queries_keys_values
 from diffkern.integrations.modules.joint import BLOCK, after_attention
 
+IGNORED = {"ip_hidden_states", "ip_adapter_masks"}  # what blocks hand to all attentions when one has an IP-Adapter
+
 
 class FluxAttention(Accelerated):
     replaces = ("diffusers.models.transformers.transformer_flux.FluxAttention",)
@@ -29,9 +31,9 @@ class FluxAttention(Accelerated):
         **kwargs: Any,
     ) -> Any:
         x, context = hidden_states, encoder_hidden_states
-        if kwargs or attention_mask is not None or (context is None) != (self.added_kv_proj_dim is None):
+        if kwargs.keys() - IGNORED or attention_mask is not None or self.why_not(self) is not None:
             return NotImplemented
-        if self.why_not(self) is not None:
+        if (context is None) != (self.added_kv_proj_dim is None):
             return NotImplemented
         prompt = 0 if context is None else context.shape[1]
         first, second = None, None

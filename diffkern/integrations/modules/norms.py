@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffkern.integrations.modules.base import Accelerated
-from diffkern.integrations.modules.transformer import norm_modulate
+from diffkern.integrations.modules.transformer import is_plain_layer_norm, norm_modulate
 
 
 class AdaLayerNormZeroSingle(Accelerated):
@@ -27,6 +27,8 @@ class SD35AdaLayerNormZeroX(Accelerated):
     ops = ("layer_norm_modulate",)
 
     def fused(self: Any, hidden_states: Tensor, emb: Tensor | None = None) -> Any:
+        if not is_plain_layer_norm(self.norm, hidden_states):
+            return NotImplemented
         shift, scale, gate, *rest, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
         first, second = (norm_modulate(self.norm, hidden_states, *rows) for rows in ((shift, scale), (shift2, scale2)))
         return first, gate, *rest, second, gate2
