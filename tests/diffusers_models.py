@@ -171,6 +171,15 @@ MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], tuple[tuple[Any, ...],
         {**WAN, "cross_attn_norm": False},
         lambda: ((randn(2, 4, 2, 6, 8),), {"timestep": times(), "encoder_hidden_states": randn(2, 7, 12)}),
     ),
+    "Wan from a picture": (
+        "WanTransformer3DModel",
+        {**WAN, "image_dim": 10, "added_kv_proj_dim": 36},
+        lambda: (
+            (randn(2, 4, 2, 6, 8),),
+            {"timestep": times(), "encoder_hidden_states": randn(2, 512, 12),
+             "encoder_hidden_states_image": randn(2, 5, 10)},
+        ),
+    ),
     "LTX": (
         "LTXVideoTransformer3DModel",
         LTX,

@@ -80,6 +80,13 @@ def test_strict_leaves_nothing_that_was_expected(name: str) -> None:
         assert diffkern.accelerate(model, strict=True).missed == ()
 
 
+def test_attention_of_wan_to_a_picture_is_said() -> None:
+    report = diffkern.accelerate(make("Wan from a picture"))
+    left = {(entry.name, entry.count, entry.reason) for entry in report.missed}
+    assert ("WanAttention", 2, "it attends to a picture as well") in left
+    assert {entry.name: entry.count for entry in report.replaced}["WanAttention"] == 2
+
+
 HOOKED = {
     "SD 3.5": (
         "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.norm_k", "transformer_blocks.1.attn.norm_added_q",
