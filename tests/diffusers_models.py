@@ -37,6 +37,24 @@ PIXART: dict[str, Any] = {
     "caption_channels": 12, "use_additional_conditions": False,
 }  # fmt: skip
 
+SD3: dict[str, Any] = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 3, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 24,
+    "pos_embed_max_size": 8,
+}  # fmt: skip
+FLUX: dict[str, Any] = {
+    "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 32, "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+WAN: dict[str, Any] = {
+    "num_attention_heads": 2, "attention_head_dim": 18, "in_channels": 4, "out_channels": 4, "text_dim": 12,
+    "freq_dim": 16, "ffn_dim": 48, "num_layers": 2, "rope_max_seq_len": 16,
+}  # fmt: skip
+LTX: dict[str, Any] = {
+    "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32,
+    "num_layers": 2, "caption_channels": 12,
+}  # fmt: skip
+
 
 def randn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -53,6 +71,16 @@ def times() -> Tensor:
 PROMPT = {"encoder_hidden_states": randn(2, 7, 32, seed=2)}
 TEXT_TIME = {"added_cond_kwargs": {"text_embeds": randn(2, 32, seed=3), "time_ids": 64 * randn(2, 6, seed=4)}}
 MASK = {"encoder_attention_mask": torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0]])}
+
+
+def joint(**more: Any) -> dict[str, Any]:
+    return PROMPT | {"timestep": times(), "pooled_projections": randn(2, 24, seed=3), **more}
+
+
+def flux(**more: Any) -> dict[str, Any]:
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(3.0))
+    return joint(timestep=times() / 1000, img_ids=grid, txt_ids=torch.zeros(7, 3), **more)
+
 
 # By name: the class in diffusers, its config, and the arguments of a call.
 MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]] = {
@@ -113,6 +141,52 @@ MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], tuple[tuple[Any, ...],
             (pixels(size=8),),
             MASK | {"encoder_hidden_states": randn(2, 7, 12), "timestep": times(),
                     "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+        ),
+    ),
+    "SD 3": ("SD3Transformer2DModel", SD3, lambda: ((pixels(size=8),), joint())),
+    "SD 3.5": (
+        "SD3Transformer2DModel",
+        {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+        lambda: ((pixels(size=8),), joint()),
+    ),
+    "ControlNet of SD 3.5, without a prompt": (
+        "SD3ControlNetModel",
+        {**SD3, "joint_attention_dim": None, "use_pos_embed": False},
+        lambda: ((randn(2, 16, 32),), {"timestep": times(), "pooled_projections": randn(2, 24, seed=3),
+                                       "controlnet_cond": pixels(size=8)}),
+    ),
+    "Flux": ("FluxTransformer2DModel", FLUX, lambda: ((randn(2, 12, 16),), flux())),
+    "Flux with guidance": (
+        "FluxTransformer2DModel",
+        {**FLUX, "guidance_embeds": True},
+        lambda: ((randn(2, 12, 16),), flux(guidance=torch.tensor([3.5, 4.0]))),
+    ),
+    "Wan": (
+        "WanTransformer3DModel",
+        {**WAN, "cross_attn_norm": True},
+        lambda: ((randn(2, 4, 2, 6, 8),), {"timestep": times(), "encoder_hidden_states": randn(2, 7, 12)}),
+    ),
+    "Wan, a prompt that is not normalised": (
+        "WanTransformer3DModel",
+        {**WAN, "cross_attn_norm": False},
+        lambda: ((randn(2, 4, 2, 6, 8),), {"timestep": times(), "encoder_hidden_states": randn(2, 7, 12)}),
+    ),
+    "Wan from a picture": (
+        "WanTransformer3DModel",
+        {**WAN, "image_dim": 10, "added_kv_proj_dim": 36},
+        lambda: (
+            (randn(2, 4, 2, 6, 8),),
+            {"timestep": times(), "encoder_hidden_states": randn(2, 512, 12),
+             "encoder_hidden_states_image": randn(2, 5, 10)},
+        ),
+    ),
+    "LTX": (
+        "LTXVideoTransformer3DModel",
+        LTX,
+        lambda: (
+            (randn(2, 12, 8),),
+            MASK | {"encoder_hidden_states": randn(2, 7, 12), "timestep": times(), "num_frames": 2, "height": 2,
+                    "width": 3},
         ),
     ),
 }  # fmt: skip

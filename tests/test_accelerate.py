@@ -64,11 +64,8 @@ def test_report() -> None:
     assert counts["BasicTransformerBlock"] == 4
     assert counts["Attention"] == 8
     assert [(e.name, e.count) for e in report.missed] == [("Conv2d", 1)]
-    assert report.as_dict()["replaced"][0] == {
-        "name": "Attention",
-        "count": 8,
-        "ops": ["query_key_value", "linear", "attention"],
-    }
+    ops = ["query_key_value", "linear", "qk_norm_rope", "attention"]
+    assert report.as_dict()["replaced"][0] == {"name": "Attention", "count": 8, "ops": ops}
     line = next(line for line in str(report).splitlines() if line.startswith("BasicTransformerBlock"))
     assert line.split()[1] == "4"
     assert "left: its padding is circular" in str(report)

@@ -80,12 +80,35 @@ def class_conditional() -> tuple[Any, dict[str, Any]]:
     return pipe, {"class_labels": [3, 7], "num_inference_steps": 6}
 
 
+def flow(name: str, transformer: str) -> tuple[Any, dict[str, Any]]:
+    """A pipeline of SD 3 or FLUX, without its text encoders, and a call of it."""
+    vae = make("VAE")
+    vae.register_to_config(shift_factor=0.1)
+    parts: dict[str, Any] = {**NO_TEXT, "text_encoder_2": None, "tokenizer_2": None, "vae": vae}
+    pipe = getattr(diffusers, name)(
+        transformer=make(transformer), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **parts,
+        **({"text_encoder_3": None, "tokenizer_3": None} if name.startswith("Stable") else {}),
+    )  # fmt: skip
+    embeds = {"prompt_embeds": PROMPTS["prompt_embeds"], "pooled_prompt_embeds": randn(1, 24, seed=4)}
+    return pipe, {**embeds, "height": 16, "width": 16, "num_inference_steps": 6}
+
+
+def sd3() -> tuple[Any, dict[str, Any]]:
+    pipe, call = flow("StableDiffusion3Pipeline", "SD 3.5")
+    negative = PROMPTS["negative_prompt_embeds"], randn(1, 24, seed=5)
+    return pipe, call | dict(zip(("negative_prompt_embeds", "negative_pooled_prompt_embeds"), negative, strict=True))
+
+
+def flux() -> tuple[Any, dict[str, Any]]:
+    return flow("FluxPipeline", "Flux with guidance")
+
+
 def unconditional() -> tuple[Any, dict[str, Any]]:
     return diffusers.DDIMPipeline(unet=make("DDPM"), scheduler=diffusers.DDIMScheduler()), {"num_inference_steps": 6}
 
 
 PIPELINES: list[Callable[[], tuple[Any, dict[str, Any]]]] = [
-    text_to_image, xl, image_to_image, inpaint, controlnet, class_conditional, unconditional,
+    text_to_image, xl, image_to_image, inpaint, controlnet, class_conditional, sd3, flux, unconditional,
 ]  # fmt: skip
 
 

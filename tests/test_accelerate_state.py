@@ -226,6 +226,11 @@ def test_fused_projections_of_diffusers() -> None:
     assert delta(run(model, NAME), want) <= 1e-4
     model.unfuse_qkv_projections()
     assert delta(run(model, NAME), want) <= 1e-4
+    plain = make(NAME)
+    for m in (plain, model):  # the weights that were fused are stale now
+        with torch.no_grad():
+            m.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.mul_(3)
+    assert delta(run(model, NAME), run(plain, NAME)) <= 1e-4
 
 
 def test_compiled_after_accelerate_is_the_same() -> None:

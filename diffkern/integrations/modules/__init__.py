@@ -1,6 +1,6 @@
 """diffusers' modules with their computations in ops, a family a file."""
 
-from diffkern.integrations.modules import attention, pixels, tokens, transformer
+from diffkern.integrations.modules import attention, flux, joint, norms, pixels, tokens, transformer, video
 from diffkern.integrations.modules.base import Accelerated
 
 PARTS: tuple[type[Accelerated], ...] = (
@@ -21,4 +21,17 @@ PARTS: tuple[type[Accelerated], ...] = (
     transformer.AdaLayerNormZero,
     transformer.BasicTransformerBlock,
     transformer.Transformer2DModel,
+    norms.AdaLayerNormZeroSingle,
+    norms.SD35AdaLayerNormZeroX,
+    norms.AdaLayerNormContinuous,
+    norms.AdaLayerNorm,
+    joint.JointTransformerBlock,
+    joint.SD3SingleTransformerBlock,
+    flux.FluxAttention,
+    flux.FluxTransformerBlock,
+    flux.FluxSingleTransformerBlock,
+    video.WanAttention,
+    video.WanTransformerBlock,
+    video.LTXAttention,
+    video.LTXVideoTransformerBlock,
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkern.integrations.modules.base import Accelerated, is_part, is_plain, is_silent, norm_silu, project, takes
+from diffkern.integrations.modules.heads import joint
 from diffkern.models.blocks import pixels_of, tokens_of
 from diffkern.ops.attention import attention
 from diffkern.ops.query_key_value import query_key_value
@@ -16,7 +17,7 @@ from diffkern.ops.query_key_value import query_key_value
 
 class Attention(Accelerated):
     replaces = ("diffusers.models.attention_processor.Attention",)
-    ops = ("query_key_value", "linear", "attention")
+    ops = ("query_key_value", "linear", "qk_norm_rope", "attention")
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
@@ -103,15 +104,15 @@ def scale_of(attn: Any) -> float | None:
 
 def queries_keys_values(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
     """The projections [B, T, H D], of tokens that attend to themselves or to a context."""
-    if not attn.fused_projections:
+    if not processor_name(attn).startswith("Fused"):  # what unfusing takes back; `fused_projections` may stay
         layers = (attn.to_q, attn.to_k, attn.to_v)
         if context is None and are_alike(layers, x):
             (q, k, v), (q_bias, k_bias, v_bias) = ([getattr(a, n) for a in layers] for n in ("weight", "bias"))
             return query_key_value(x, q, k, v, q_bias, k_bias, v_bias).unbind(-2)
         other = x if context is None else context
         return project(attn.to_q, x), project(attn.to_k, other), project(attn.to_v, other)
-    if context is None or not attn.is_cross_attention:
-        return project(attn.to_qkv, x if context is None else context).chunk(3, dim=-1)
+    if context is None:
+        return project(attn.to_qkv, x).chunk(3, dim=-1)
     return project(attn.to_q, x), *project(attn.to_kv, context).chunk(2, dim=-1)
 
 
@@ -166,4 +167,5 @@ TOKENS = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
 PROCESSORS: dict[str, Processor] = {
     **dict.fromkeys(TOKENS, self_or_cross),
     **dict.fromkeys(("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"), added_keys),
+    **dict.fromkeys(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"), joint),
 }

@@ -53,16 +53,26 @@ class FeedForward(Accelerated):
     ops = ("linear",)
 
     def fused(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return NotImplemented if args or kwargs else feed_forward(self, hidden_states)
+        return NotImplemented if args or kwargs else _layers(self, hidden_states)
+
+
+def _layers(module: Any, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Any:
+    """A FeedForward layer by layer, * gate + residual; NotImplemented for other layers than it has by default."""
+    if len(module.net) not in (3, 4):
+        return NotImplemented
+    first, middle, last, *dropout = module.net
+    if not all(map(is_silent, (middle, *dropout))):
+        return NotImplemented
+    return project(last, first(x), residual=residual, gate=gate)
 
 
 def feed_forward(module: Any, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
     """module(x) * gate + residual, in the epilogue of the last layer if it is a FeedForward. x: [B, T, C]. gate:
     [B, C]."""
-    if is_part(module, FeedForward) and len(module.net) in (3, 4):
-        first, middle, last, *dropout = module.net
-        if all(map(is_silent, (middle, *dropout))):
-            return project(last, first(x), residual=residual, gate=gate)
+    if is_part(module, FeedForward):
+        result = _layers(module, x, residual, gate)
+        if result is not NotImplemented:
+            return result
     y = module(x)
     y = y if gate is None else y * gate[:, None]
     return y if residual is None else y + residual
