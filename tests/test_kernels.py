@@ -136,10 +136,13 @@ def test_an_offset_continues_the_stream():
 # One sample alone and in a batch
 
 
+WEIGHT_BIAS = ("weight", "bias")
+
+
 def _alone(name: str, args: tuple[object, ...], i: int) -> list[object]:
     """The call for sample i only. Tables and parameters are shared; a guided model output has two entries a sample."""
     batch = next(len(a) for a in args if isinstance(a, Tensor))
-    shared = ("table", "alpha_sigma", "weight", "bias", "q_weight", "k_weight", "cos", "sin")
+    shared = ("table", "alpha_sigma", "weight", "bias", "cos", "sin", *(f"{x}_{p}" for x in "qkv" for p in WEIGHT_BIAS))
 
     def pick(parameter: str, a: object) -> object:
         if not isinstance(a, Tensor) or parameter in shared:
