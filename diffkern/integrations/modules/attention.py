@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffkern.integrations.modules.base import Accelerated, is_part, is_plain, is_silent, norm_silu, project, takes
+from diffkern.integrations.modules.base import Accelerated, is_part, is_silent, norm_silu, project, project_all
 from diffkern.integrations.modules.heads import joint
 from diffkern.models.blocks import pixels_of, tokens_of
 from diffkern.ops.attention import attention
-from diffkern.ops.query_key_value import query_key_value
 
 
 class Attention(Accelerated):
@@ -86,7 +85,8 @@ def self_or_cross(
         x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
     if context is not None and attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
-    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in queries_keys_values(attn, x, context))
+    packed = processor_name(attn).startswith("Fused")  # unfusing leaves `fused_projections`
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in queries_keys_values(attn, x, context, packed))
     mask = mask_of(mask, k)
     if mask is NotImplemented:
         return NotImplemented
@@ -102,30 +102,17 @@ def scale_of(attn: Any) -> float | None:
     return None if processor_name(attn).endswith("2_0") else attn.scale
 
 
-def queries_keys_values(attn: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    """The projections [B, T, H D], of tokens that attend to themselves or to a context."""
-    if not processor_name(attn).startswith("Fused"):  # what unfusing takes back; `fused_projections` may stay
-        layers = (attn.to_q, attn.to_k, attn.to_v)
-        if context is None and are_alike(layers, x):
-            (q, k, v), (q_bias, k_bias, v_bias) = ([getattr(a, n) for a in layers] for n in ("weight", "bias"))
-            return query_key_value(x, q, k, v, q_bias, k_bias, v_bias).unbind(-2)
-        other = x if context is None else context
-        return project(attn.to_q, x), project(attn.to_k, other), project(attn.to_v, other)
-    if context is None:
-        return project(attn.to_qkv, x).chunk(3, dim=-1)
-    return project(attn.to_q, x), *project(attn.to_kv, context).chunk(2, dim=-1)
-
-
-def are_alike(layers: tuple[Any, ...], x: Tensor) -> bool:
-    """Whether layers of x are plain linear ones of one shape, so that they can be one product."""
-    first = layers[0]
-    return all(
-        is_plain(layer, nn.Linear)
-        and takes(layer.weight, x)
-        and layer.weight.shape == first.weight.shape
-        and (layer.bias is None) == (first.bias is None)
-        for layer in layers
-    )
+def queries_keys_values(attn: Any, x: Tensor, context: Tensor | None, packed: bool) -> Sequence[Tensor]:
+    """The projections [B, T, H D], of tokens that attend to themselves or to a context. packed: whether diffusers has
+    fused its layers into one."""
+    if packed:
+        if context is None:
+            return project(attn.to_qkv, x).chunk(3, dim=-1)
+        return project(attn.to_q, x), *project(attn.to_kv, context).chunk(2, dim=-1)
+    if context is None and attn.norm_q is None:  # norms want queries and keys that lie apart
+        return project_all((attn.to_q, attn.to_k, attn.to_v), x)
+    other = x if context is None else context
+    return project(attn.to_q, x), project(attn.to_k, other), project(attn.to_v, other)
 
 
 def mask_of(mask: Tensor | None, keys: Tensor) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from diffkern.models import blocks
 from diffkern.op import use_backend
 from diffkern.ops.conv2d import conv2d
 from diffkern.ops.linear import activate, linear
+from diffkern.ops.query_key_value import query_key_value
 
 _ANY: AbstractContextManager[None] = nullcontext()
 
@@ -149,6 +151,23 @@ def project(
     y = activate(layer(x), activation)
     y = y if gate is None else y * gate.unflatten(-1, (*(1,) * (x.dim() - 2), -1))
     return y if residual is None else y + residual
+
+
+def project_all(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
+    """Queries, keys and values of tokens that attend to themselves: in one product if the three layers are plain linear
+    ones of one shape. x: [B, ..., K]. Returns three of [B, ..., N]."""
+    first = layers[0]
+    alike = all(
+        is_plain(layer, nn.Linear)
+        and takes(layer.weight, x)
+        and layer.weight.shape == first.weight.shape
+        and (layer.bias is None) == (first.bias is None)
+        for layer in layers
+    )
+    if not alike:
+        return [project(layer, x) for layer in layers]
+    weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
+    return query_key_value(x, *weights, *biases).unbind(-2)
 
 
 def is_simple(conv: Any) -> bool:

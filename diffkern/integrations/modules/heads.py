@@ -3,12 +3,13 @@ streams of tokens to both, each with projections of its own, as in SD 3 (Esser e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffkern.integrations.modules.base import is_part, project, takes
+from diffkern.integrations.modules.base import is_part, project, project_all, takes
 from diffkern.integrations.modules.tokens import RMSNorm
 from diffkern.ops.attention import attention
 from diffkern.ops.qk_norm_rope import qk_norm_rope
@@ -61,11 +62,15 @@ def queries_keys_values(
     attn: Any, x: Tensor, stream: Stream, packed: bool, norms: bool = True, rotation: Rotation | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, S, H, D] each, of tokens x: [B, S, C]. packed: whether one layer projects to all of them."""
-    parts = project(getattr(attn, stream.packed), x).chunk(3, dim=-1) if packed else (
-        project(getattr(attn, layer), x) for layer in stream.apart
-    )  # fmt: skip
-    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in parts)
     norm_q, norm_k = (getattr(attn, norm, None) if norms else None for norm in stream.norms)
+    layers = [getattr(attn, layer) for layer in stream.apart]
+    if packed:
+        parts: Sequence[Tensor] = project(getattr(attn, stream.packed), x).chunk(3, dim=-1)
+    elif norm_q is None and rotation is None:
+        parts = project_all(layers, x)
+    else:  # norms and rotations want queries and keys that lie apart
+        parts = [project(layer, x) for layer in layers]
+    q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in parts)
     return *norm_rotate(norm_q, norm_k, q, k, rotation), v
 
 

@@ -40,7 +40,7 @@ class WanAttention(Accelerated):
             return NotImplemented
         if rotary_emb is not None and (context is not None or any(t.shape[:3:2] != (1, 1) for t in rotary_emb)):
             return NotImplemented
-        q, k, v = queries_keys_values(self, x, context)
+        q, k, v = queries_keys_values(self, x, context, self.fused_projections)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.norm_q(q), self.norm_k(k), v))
         if rotary_emb is not None:
             # Of each pair of numbers it takes the cosine at the first and the sine at the second.
