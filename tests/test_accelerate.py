@@ -112,7 +112,7 @@ def test_backend_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ((3,), TypeError, "takes a diffusers pipeline or a module, not a int"),
+        ((3,), TypeError, "this takes a diffusers pipeline or a module, not int"),
         ((nn.Conv2d(1, 1, 1), "gpu"), ValueError, "no backend is named 'gpu': choose one of auto, cpu"),
     ],
 )

@@ -104,7 +104,7 @@ def _taken_apart(pipe_or_module: Any) -> tuple[list[nn.Module], Any, Counter[tup
     if isinstance(pipe_or_module, nn.Module):
         return list(pipe_or_module.modules()), None, others
     if not isinstance(pipe_or_module, diffusers.DiffusionPipeline):
-        raise TypeError(f"accelerate takes a diffusers pipeline or a module, not a {type(pipe_or_module).__name__}")
+        raise TypeError(f"this takes a diffusers pipeline or a module, not {type(pipe_or_module).__name__}")
     modules: dict[nn.Module, None] = {}
     for component in pipe_or_module.components.values():
         for model in component if isinstance(component, (list, tuple)) else (component,):
