@@ -177,7 +177,6 @@ def test_fused_projections_of_diffusers(name: str) -> None:
                 block.attn2, block.use_dual_attention = None, False
                 if type(block.norm1).__name__ == "SD35AdaLayerNormZeroX":
                     block.norm1.register_forward_hook(lambda norm, args, out: out[:5])
-        want = run(plain, name)
     before = run(plain, name)
     for m in (plain, model):
         m.fuse_qkv_projections()
