@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.integrations.modules.base import Accelerated, is_part, is_silent, norm_silu, project, project_all
+from diffkern.integrations.modules.base import Accelerated, gated, is_part, is_silent, norm_silu, project, project_all
 from diffkern.integrations.modules.heads import joint
 from diffkern.models.blocks import pixels_of, tokens_of
 from diffkern.ops.attention import attention
@@ -59,9 +59,7 @@ def attend(
         result = self_or_cross(module, x, context, mask, residual=residual, gate=gate)
         if result is not NotImplemented:
             return result
-    y = module(x, encoder_hidden_states=context, attention_mask=mask, **kwargs)
-    y = y if gate is None else y * gate[:, None]
-    return y + residual
+    return gated(module(x, encoder_hidden_states=context, attention_mask=mask, **kwargs), residual, gate)
 
 
 def self_or_cross(
@@ -130,9 +128,7 @@ def leave(attn: Any, out: Tensor, residual: Tensor | None = None, gate: Tensor |
     last, dropout = attn.to_out
     if is_silent(dropout):
         return project(last, out, residual=residual, gate=gate)
-    y = dropout(project(last, out))
-    y = y if gate is None else y * gate[:, None]
-    return y if residual is None else y + residual
+    return gated(dropout(project(last, out)), residual, gate)
 
 
 def added_keys(attn: Any, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, **kwargs: Any) -> Any:

@@ -148,8 +148,12 @@ def project(
     else by a call of it. residual: [B, ..., N]. gate: [B, N]."""
     if is_plain(layer, nn.Linear) and takes(layer.weight, x):
         return linear(x, layer.weight, layer.bias, activation, residual, gate)
-    y = activate(layer(x), activation)
-    y = y if gate is None else y * gate.unflatten(-1, (*(1,) * (x.dim() - 2), -1))
+    return gated(activate(layer(x), activation), residual, gate)
+
+
+def gated(y: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+    """y * gate + residual, each if given, where no op can do it on the way. y, residual: [B, ..., N]. gate: [B, N]."""
+    y = y if gate is None else y * gate.unflatten(-1, (*(1,) * (y.dim() - 2), -1))
     return y if residual is None else y + residual
 
 

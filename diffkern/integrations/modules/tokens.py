@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.integrations.modules.base import Accelerated, is_part, is_silent, project, takes
+from diffkern.integrations.modules.base import Accelerated, gated, is_part, is_silent, project, takes
 from diffkern.ops.linear import linear
 from diffkern.ops.rms_norm import rms_norm
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -73,9 +73,7 @@ def feed_forward(module: Any, x: Tensor, residual: Tensor | None = None, gate: T
         result = _layers(module, x, residual, gate)
         if result is not NotImplemented:
             return result
-    y = module(x)
-    y = y if gate is None else y * gate[:, None]
-    return y if residual is None else y + residual
+    return gated(module(x), residual, gate)
 
 
 class RMSNorm(Accelerated):
@@ -84,19 +82,14 @@ class RMSNorm(Accelerated):
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        return rms_reason(module)
+        if getattr(module, "bias", None) is not None:
+            return "it has a bias"
+        if module.eps is None:
+            return "its eps depends on the dtype"
+        return None if len(getattr(module, "dim", None) or module.normalized_shape) == 1 else "it has several axes"
 
     def fused(self: Any, hidden_states: Tensor) -> Any:
         return rms_norm(hidden_states, self.weight, self.eps) if takes(self.weight, hidden_states) else NotImplemented
-
-
-def rms_reason(norm: Any) -> str | None:
-    """Why the parameters of an RMSNorm are not the op's, or None."""
-    if getattr(norm, "bias", None) is not None:
-        return "it has a bias"
-    if norm.eps is None:
-        return "its eps depends on the dtype"
-    return None if len(getattr(norm, "dim", None) or norm.normalized_shape) == 1 else "it normalises several axes"
 
 
 class Timesteps(Accelerated):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkern.integrations.modules.attention import leave, mask_of, queries_keys_values
-from diffkern.integrations.modules.base import Accelerated, is_plain, project
+from diffkern.integrations.modules.base import Accelerated, gated, is_plain, project
 from diffkern.integrations.modules.heads import dispatch_reason, norm_rotate
 from diffkern.integrations.modules.tokens import feed_forward
 from diffkern.ops.attention import attention
@@ -95,8 +95,7 @@ def attend(attn: Any, x: Tensor, *args: Any, residual: Tensor, gate: Tensor | No
         result = attn.fused(x, *args, residual=residual, gate=gate)
         if result is not NotImplemented:
             return result
-    y = attn(x, *args)
-    return residual + (y if gate is None else y * gate[:, None])
+    return gated(attn(x, *args), residual, gate)
 
 
 def is_float32_norm(norm: Any) -> bool:
