@@ -1,7 +1,9 @@
 """How a backend is judged: sample inputs, the float64 oracle, and the tolerance rule. Shared by tests and benchmarks.
 
 A backend passes when its error against the oracle (the reference, run in float64 on the same values) is at most twice
-the error that the reference itself makes in the op's dtype, plus one unit in the last place.
+the error that the reference itself makes in the op's dtype, plus one unit in the last place. In float32 on a GPU it is
+five times: there exponentials, logarithms, sines and roots are instructions of two ulp and more, and PyTorch's own
+attention makes up to 4.8 times the error of its composition (measured on an H200).
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ def check(op: Op, backend: str, args: tuple[Any, ...]) -> float:
         assert all(a == b for a, b in strides), f"{where}: strides {g.stride()}, the reference has {p.stride()}"
         if not g.numel():
             continue
-        allowed = 2 * (p.double() - e).abs().max() + ulp(e, g.dtype)
+        times = 5 if g.is_cuda and g.dtype == torch.float32 else 2
+        allowed = times * (p.double() - e).abs().max() + ulp(e, g.dtype)
         share = ((g.double() - e).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
         assert share <= 1, f"{where}: error {(g.double() - e).abs().max():.3g}, {share:.3g} times what is allowed"
         worst = max(worst, share)
