@@ -16,9 +16,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 
-def load_native() -> ModuleType:
-    """diffkern/native.py by its path: importing the package would need all that it depends on."""
-    spec = importlib.util.spec_from_file_location("native", Path(__file__).parent / "diffkern" / "native.py")
+def load_toolchain() -> ModuleType:
+    """diffkern/toolchain.py by its path: importing the package would need all that it depends on."""
+    spec = importlib.util.spec_from_file_location("toolchain", Path(__file__).parent / "diffkern" / "toolchain.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -26,7 +26,7 @@ def load_native() -> ModuleType:
     return module
 
 
-native = load_native()
+toolchain = load_toolchain()
 
 
 def why_not_now() -> str | None:
@@ -38,8 +38,8 @@ def why_not_now() -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "there is no torch in the build's environment"
     try:
-        native.find_compiler()
-    except native.BuildError as error:
+        toolchain.find_compiler()
+    except toolchain.BuildError as error:
         return str(error)
     return None
 
@@ -54,11 +54,11 @@ class BuildPy(build_py):
             return  # the sources will change: built on first use
         reason = REASON
         try:
-            for level in native.AHEAD_OF_TIME_LEVELS if reason is None else ():
-                library = native.ahead_of_time_path(Path(self.build_lib, "diffkern"), level)
+            for level in toolchain.AHEAD_OF_TIME_LEVELS if reason is None else ():
+                library = toolchain.ahead_of_time_path(Path(self.build_lib, "diffkern"), level)
                 library.parent.mkdir(parents=True, exist_ok=True)
                 log = Path(self.build_lib).parent / f"diffkern_cpu-{level}.log"
-                native.build(library, native.find_compiler(), native.level_flags(level), log)
+                toolchain.build(library, toolchain.cpu_recipe(level), log)
                 print(f"diffkern: built {library}")
         except Exception as error:
             reason = str(error)

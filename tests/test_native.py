@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import diffkern.native
+from diffkern import toolchain
 from diffkern.op import availability
 
 FAKE = """#!/bin/sh
@@ -74,7 +75,6 @@ def fresh() -> Any:
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module._PACKAGE = Path(diffkern.native.__file__).with_name("nowhere")  # no library built ahead of time
-    module.sources = diffkern.native.sources
     return module
 
 
@@ -103,13 +103,13 @@ def test_everything_that_matters_names_another_library(home, loaded, compiler, m
     assert fresh().why_not("cpu") is None
     native = fresh()
     if what == "sources":
-        native.source_hash = lambda: "other"
+        monkeypatch.setattr(toolchain, "source_hash", lambda library: "other")
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "99.0")
     elif what == "compiler":
         compiler.path.write_text(compiler.path.read_text().replace("1.0", "1.1"))
     else:
-        native.level_flags = lambda level: "-O0"
+        monkeypatch.setattr(toolchain, "level_flags", lambda level: "-O0")
     assert native.why_not("cpu") is None
     assert compiler.builds == 2
     assert loaded[0] != loaded[1]
@@ -203,6 +203,101 @@ def test_threads_build_once(home, loaded, tmp_path, monkeypatch):
     assert (compiler.builds, len(loaded)) == (1, 1)
 
 
+NVCC = """#!/bin/sh
+if [ "$1" = --version ]; then echo "fake nvcc 13.0"; exit 0; fi
+if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_90; exit 0; fi
+echo "$*" >> {flags}
+exec "{compiler}" "$@"
+"""
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs, as torch reports them: their names and compute capabilities, to be changed."""
+    found = [("NVIDIA H200", (9, 0)), ("NVIDIA A100", (8, 0))]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: found[i][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i][1])
+    return found
+
+
+@pytest.fixture
+def nvcc(tmp_path, compiler, monkeypatch):
+    """A script that is called like nvcc. Returns the file of the flags that it was given."""
+    path, flags = tmp_path / "fake-nvcc", tmp_path / "flags"
+    path.write_text(NVCC.format(flags=flags, compiler=compiler.path))
+    path.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(path))
+    return flags
+
+
+def test_cuda_is_built_for_the_gpus_that_are_there(home, loaded, compiler, nvcc, gpus, capsys):
+    assert fresh().why_not("cuda") is None
+    assert fresh().why_not("cuda") is None
+    assert compiler.builds == 1
+    assert loaded[0].is_relative_to(home)
+    assert loaded[0].name == "diffkern_cuda.so"
+    assert "building the cuda library, once (about" in capsys.readouterr().err
+    *compiles, link = nvcc.read_text().splitlines()
+    for line in compiles:
+        assert "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a" in line
+        assert f"-ccbin {compiler.path}" in line
+        assert ".cu -o" in line
+    assert "-cudart static" in link
+    assert "-ltorch_cpu" in link
+    gpus.pop()
+    assert fresh().why_not("cuda") is None
+    assert (compiler.builds, loaded[2] != loaded[0]) == (2, True), "for other GPUs another library"
+
+
+def test_without_a_gpu_nothing_is_built(home, loaded, compiler, nvcc, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fresh().why_not("cuda") == "there is no GPU"
+    gpus[1] = ("Tesla T4", (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "cuda:1 (Tesla T4) has compute capability 7.5" in fresh().why_not("cuda")
+    assert (compiler.builds, loaded) == (0, [])
+
+
+def test_without_nvcc_the_reason_says_what_serves(home, loaded, compiler, gpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    assert "no-such-nvcc" in fresh().why_not("cuda")
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(toolchain, "DEFAULT_NVCC", str(tmp_path / "nvcc"))
+    assert "there is no nvcc (" in (reason := fresh().why_not("cuda"))
+    assert "Triton's kernels serve instead" in reason
+    assert not loaded
+
+
+def test_nvcc_is_found_where_users_expect(tmp_path, monkeypatch):
+    def place(*folders: str) -> str:
+        path = tmp_path.joinpath(*folders, "nvcc")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh")
+        path.chmod(0o755)
+        return str(path)
+
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    for variable, value, expected in (
+        ("DEFAULT_NVCC", default := place("default"), default),
+        ("PATH", str(tmp_path / "path"), place("path")),
+        ("CUDA_PATH", str(tmp_path / "other"), place("other", "bin")),
+        ("CUDA_HOME", str(tmp_path / "home"), place("home", "bin")),
+        ("CUDACXX", named := place("named"), named),
+    ):  # each is preferred to the one before it
+        if variable == "DEFAULT_NVCC":
+            monkeypatch.setattr(toolchain, variable, value)
+        else:
+            monkeypatch.setenv(variable, value)
+        assert toolchain.find_nvcc() == expected
+
+
 FLAGS = {
     "x86-64-v4-bf16": "avx512_bf16",
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
@@ -224,18 +319,18 @@ def test_level_is_one_that_the_cpu_runs(tmp_path, monkeypatch):
         ("x86-64-v4", ["x86-64"]),  # a level without the one below it does not count
     ):
         text.write_text("processor : 0\nflags : fpu " + " ".join(FLAGS[f] for f in flags.split()) + "\n")
-        assert fresh().levels(text) == expected
-    assert fresh().levels(tmp_path / "nothing") == ["x86-64"]
+        assert toolchain.levels(text) == expected
+    assert toolchain.levels(tmp_path / "nothing") == ["x86-64"]
 
 
-def test_a_library_from_the_wheel_comes_first(home, loaded, compiler, tmp_path):
+def test_a_library_from_the_wheel_comes_first(home, loaded, compiler, tmp_path, monkeypatch):
     native = fresh()
     native._PACKAGE = tmp_path / "package"
-    native.levels = lambda: ["better", "good"]
-    made = native.ahead_of_time_path(native._PACKAGE, "good")
+    monkeypatch.setattr(toolchain, "levels", lambda: ["better", "good"])
+    made = toolchain.ahead_of_time_path(native._PACKAGE, "good")
     made.parent.mkdir(parents=True)
     made.write_text("from the wheel")
-    native.write_record(made)
+    toolchain.write_record(made, "cpu")
     assert native.why_not("cpu") is None
     assert (loaded, compiler.builds) == ([made], 0)
 
@@ -243,7 +338,7 @@ def test_a_library_from_the_wheel_comes_first(home, loaded, compiler, tmp_path):
 def test_a_stale_library_from_the_wheel_is_not_loaded(home, loaded, compiler, tmp_path):
     native = fresh()
     native._PACKAGE = tmp_path / "package"
-    made = native.ahead_of_time_path(native._PACKAGE, native.levels()[0])
+    made = toolchain.ahead_of_time_path(native._PACKAGE, toolchain.levels()[0])
     made.parent.mkdir(parents=True)
     made.write_text("from the wheel")
     made.with_suffix(".json").write_text('{"sha256": "of something else"}')

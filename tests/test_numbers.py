@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import diffkern
-from diffkern import Draw, native, noise_keys, use_backend
+from diffkern import Draw, noise_keys, toolchain, use_backend
 from diffkern.op import OPS, availability, triton_interpreted
 from diffkern.ops.randn import normal, philox
 from diffkern.testing import make, tensors, ulp
@@ -84,15 +84,15 @@ int main(int, char** arg) {
 """
 
 
-@pytest.mark.parametrize("level", [*native.levels(), "x86-64"])
+@pytest.mark.parametrize("level", [*toolchain.levels(), "x86-64"])
 def test_cpp_gives_the_integers_of_the_reference(tmp_path, level):
     try:
-        compiler = native.find_compiler()
-    except native.BuildError as error:
+        compiler = toolchain.find_compiler()
+    except toolchain.BuildError as error:
         pytest.skip(str(error))
     source, program = tmp_path / "words.cpp", tmp_path / "words"
     source.write_text(PROGRAM)
-    flags = [*native.level_flags(level).split(), f"-I{native.sources()}", "-o", program]
+    flags = [*toolchain.level_flags(level).split(), f"-I{toolchain.sources()}", "-o", program]
     subprocess.run([compiler, *flags, source], check=True)
     for key, counter, expected in KNOWN:
         arguments = map(str, (*key, *counter))

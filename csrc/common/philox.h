@@ -2,13 +2,9 @@
 // counter.
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
-#ifdef __CUDACC__
-#define DIFFKERN_HD __host__ __device__ __forceinline__
-#else
-#define DIFFKERN_HD inline
-#endif
+#include <cstdint>
 
 namespace diffkern::philox {
 
@@ -20,11 +16,23 @@ struct Words {
   uint32_t w[4];
 };
 
+// The 64-bit product of two words.
+DIFFKERN_HD void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#ifdef __CUDA_ARCH__  // nvcc 13 adds a zero to the high word of each product in the form below
+  asm("{ .reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p; }" : "=r"(low), "=r"(high) : "r"(a), "r"(b));
+#else
+  const uint64_t product = uint64_t{a} * b;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+#endif
+}
+
 DIFFKERN_HD Words words(uint32_t key0, uint32_t key1, Words c) {
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t p0 = uint64_t{kMultiplier0} * c.w[0], p1 = uint64_t{kMultiplier1} * c.w[2];
-    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.w[1] ^ key0, static_cast<uint32_t>(p1),
-          static_cast<uint32_t>(p0 >> 32) ^ c.w[3] ^ key1, static_cast<uint32_t>(p0)}};
+    uint32_t high0, low0, high1, low1;
+    multiply(kMultiplier0, c.w[0], high0, low0);
+    multiply(kMultiplier1, c.w[2], high1, low1);
+    c = {{high1 ^ c.w[1] ^ key0, low1, high0 ^ c.w[3] ^ key1, low0}};
     key0 += kWeyl0;
     key1 += kWeyl1;
   }

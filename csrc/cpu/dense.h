@@ -1,4 +1,4 @@
-// Dense tensors of a batch, contiguous or channels_last, and the loop over them that also draws their noise.
+// The loop over the dense tensors of a batch, contiguous or channels_last, that also draws their noise.
 #pragma once
 
 #include "../common/dtype.h"
@@ -13,67 +13,12 @@ namespace diffkern {
 constexpr int64_t kSerial = 1 << 14;
 constexpr int64_t kRun = 1024;
 
-// How a batch lies in memory: samples of `pixels` rows of `channels` elements. A contiguous sample is one channel.
-struct Dense {
-  int64_t batch = 0, channels = 1, pixels = 0;
-  bool channels_last = false;
-
-  int64_t sample() const { return channels * pixels; }
-};
-
-inline bool is_channels_last(const Tensor& t) {
-  if (t.dim() != 4) {
-    return false;
-  }
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const int64_t want[] = {h * w * c, 1, w * c, c};
-  for (int i = 0; i < 4; ++i) {
-    if (t.size(i) != 1 && t.stride(i) != want[i]) {
-      return false;
-    }
-  }
-  return true;
-}
-
-inline Dense dense(const char* op, const char* name, const Tensor& t) {
-  check(t.dim() >= 1, op, ": ", name, " must have a batch axis, got ", shape_of(t));
-  const int64_t batch = t.size(0), sample = t.numel() / std::max<int64_t>(batch, 1);
-  if (t.is_contiguous()) {
-    return {batch, 1, sample, false};
-  }
-  check(is_channels_last(t), op, ": ", name, " must be contiguous or channels_last");
-  return {batch, t.size(1), t.size(2) * t.size(3), true};
-}
-
-// The data of `t`, which must have the dtype, the layout and, but for the batch, the shape of `like`.
-template <class T>
-const T* data_like(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& like,
-                   int64_t batch) {
-  bool same = t.dim() == like.dim() && t.size(0) == batch;
-  for (int64_t i = 1; same && i < t.dim(); ++i) {
-    same = t.size(i) == like.size(i);
-  }
-  check(same, op, ": ", name, " must have batch ", batch, " and otherwise the shape ", shape_of(like), ", got ",
-        shape_of(t));
-  check(t.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
-  check(like.is_contiguous() ? t.is_contiguous() : is_channels_last(t), op, ": ", name, " must have the layout of ",
-        "the first tensor");
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
 // An uninitialised tensor with the shape and layout of `like`, but for dtype and batch.
 inline Tensor empty_as(const Tensor& like, ScalarType dtype, int64_t batch) {
-  std::vector<int64_t> size(like.sizes().begin(), like.sizes().end());
-  size[0] = batch;
-  return empty(size, dtype, !like.is_contiguous());
+  return empty(shape_with_batch(like, batch), dtype, !like.is_contiguous());
 }
 
 inline Tensor no_elements(ScalarType dtype) { return empty({0}, dtype); }
-
-template <class T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 // The noise of elements [begin, begin + n) of a stream, in order; points into `room`, which begins up to 3 before.
 inline const float* noise_at(const Stream& s, int64_t begin, int64_t n, float* room) {

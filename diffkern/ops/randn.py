@@ -94,6 +94,11 @@ def _supports(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, off
     return fast_dtype(dtype)
 
 
+@randn.backend("cuda", devices=("cuda",), supports=_supports)
+def _(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Tensor:
+    return torch.ops.diffkern_CUDA.randn.default(keys, shape, draw, dtype, offset)
+
+
 @randn.backend("triton", devices=("cuda",), supports=_supports)
 def _(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Tensor:
     from diffkern.kernels.randn import randn as kernel

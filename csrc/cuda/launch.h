@@ -1,0 +1,113 @@
+// Launchers: the device and stream of a call, its grid, and what a launch is refused for.
+//
+// torch's own library for CUDA is not linked against, so that this one also loads where there is none: the stream is
+// asked for by name when a kernel is launched.
+#pragma once
+
+#include "../common/dtype.h"
+#include "../common/layout.h"
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#ifndef DIFFKERN_KEY  // the tests build this library for the CPU, to run its kernels without a GPU
+#define DIFFKERN_KEY CUDA
+#endif
+
+namespace diffkern {
+
+// Makes the device of a call's tensors current for as long as it lives, and launches kernels on its stream.
+class Launch {
+ public:
+  // All tensors must be on the device of the first; an absent optional one is on any.
+  template <class... Others>
+  explicit Launch(const char* op, const Tensor& first, const Others&... others) : op_(op) {
+    const int32_t device = first.get_device_index();
+    (together(first, others), ...);
+    int current = -1;
+    if (cudaGetDevice(&current) != cudaSuccess || current != device) {
+      guard_.emplace(device);  // torch's guard takes longer than a launch: only where it is needed
+    }
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // Starts the kernel with these arguments. Raises if that is refused; what goes wrong later, a later call is told.
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                  Arguments... arguments) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    check(error == cudaSuccess, op_, ": the launch failed: ", cudaGetErrorString(error));
+  }
+
+ private:
+  using CurrentStream = AOTITorchError (*)(int32_t, void**);
+
+  static CurrentStream current_stream() {
+    static const auto found = [] {
+      constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+      void* stream_of_device = dlsym(RTLD_DEFAULT, kName);
+      if (stream_of_device == nullptr) {  // Python loads torch's libraries out of the sight of others
+        void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        stream_of_device = torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, kName);
+      }
+      return reinterpret_cast<CurrentStream>(stream_of_device);
+    }();
+    check(found != nullptr, "diffkern: this torch has no CUDA streams");
+    return found;
+  }
+
+  void together(const Tensor& first, const Tensor& other) const {
+    check(other.device() == first.device(), op_, ": all tensors must be on one device");
+  }
+  void together(const Tensor& first, const std::optional<Tensor>& other) const {
+    if (other) {
+      together(first, *other);
+    }
+  }
+
+  const char* op_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+// Uninitialised memory for a result, on the device of `like`.
+inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype,
+                       bool channels_last = false) {
+  int32_t type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  return uninitialised(shape, dtype, channels_last, type, index);
+}
+
+// The same with the shape and layout of `like`, but for dtype and batch.
+inline Tensor empty_as(const Tensor& like, ScalarType dtype, int64_t batch) {
+  return empty_on(like, shape_with_batch(like, batch), dtype, !like.is_contiguous());
+}
+
+constexpr int64_t kGridLimit = 65535;  // of a grid's second and third axis
+
+// A program for each chunk of each sample. Chunks of one sample are neighbours, and no program divides to learn its
+// sample (sample_index() in block.cuh); the samples of the last few programs may not exist.
+inline dim3 sample_grid(int64_t batch, int64_t chunks) {
+  return dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min(batch, kGridLimit)),
+              static_cast<unsigned>((batch + kGridLimit - 1) / kGridLimit));
+}
+
+// Whether these pointers can be read and written 16 bytes at a time; an absent one can.
+template <class... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+}  // namespace diffkern

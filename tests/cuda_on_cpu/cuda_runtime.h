@@ -1,0 +1,228 @@
+// Stands in for CUDA's header, so that a C++ compiler makes the kernels and launchers of csrc/cuda into a library that
+// runs them on the CPU: the same code, a thread at a time. For tests only.
+//
+// Each thread of a block is a fiber. It runs until it waits, for its block (__syncthreads) or for its warp (shuffles);
+// all others then do. So a thread that reads what another has yet to write finds NaN, and a barrier that not all reach
+// is an error. Blocks run one after the other, in an order that REVERSED turns round.
+#pragma once
+
+#include <ucontext.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace cuda_on_cpu {
+
+constexpr size_t kStack = 64 << 10, kMaxShared = 232448;
+
+enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kEnded };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state = State::kRuns;
+  // What the thread shows its warp, in turns: the next shuffle must not overwrite what a slower lane has yet to read.
+  uint64_t shown[2] = {};
+  unsigned shuffles = 0;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::function<void()> kernel;
+  ucontext_t scheduler;
+  unsigned current = 0;
+  alignas(128) char shared[kMaxShared];
+};
+
+inline Block block;
+
+inline void wait(State state) {
+  Fiber& self = block.fibers[block.current];
+  self.state = state;
+  swapcontext(&self.context, &block.scheduler);
+}
+
+inline void run_fiber() {
+  block.kernel();
+  block.fibers[block.current].state = State::kEnded;
+}
+
+[[noreturn]] inline void fail(const char* why) {
+  std::fprintf(stderr, "cuda_on_cpu: %s\n", why);
+  std::abort();
+}
+
+// Lets the threads in [begin, end) go on if all of them that have not ended wait for the same thing.
+inline bool release(unsigned begin, unsigned end, State state) {
+  bool waiting = false;
+  for (unsigned i = begin; i < end; ++i) {
+    if (const State s = block.fibers[i].state; s != state && s != State::kEnded) {
+      return false;
+    } else {
+      waiting |= s == state;
+    }
+  }
+  for (unsigned i = begin; waiting && i < end; ++i) {
+    if (block.fibers[i].state == state) {
+      block.fibers[i].state = State::kRuns;
+    }
+  }
+  return waiting;
+}
+
+inline void run_block(unsigned threads, size_t shared_bytes) {
+  std::memset(block.shared, 0xff, shared_bytes);  // NaN
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = block.fibers[i];
+    f.state = State::kRuns;
+    f.shuffles = 0;
+    getcontext(&f.context);
+    f.context.uc_stack = {f.stack.get(), 0, kStack};
+    f.context.uc_link = &block.scheduler;
+    makecontext(&f.context, run_fiber, 0);
+  }
+  for (bool going = true; going;) {
+    for (unsigned i = 0; i < threads; ++i) {
+      if (block.fibers[i].state == State::kRuns) {
+        block.current = i;
+        threadIdx = dim3(i);
+        swapcontext(&block.scheduler, &block.fibers[i].context);
+      }
+    }
+    going = false;
+    for (unsigned warp = 0; warp < threads; warp += warpSize) {
+      going |= release(warp, warp + warpSize < threads ? warp + warpSize : threads, State::kWaitsForWarp);
+    }
+    going = going || release(0, threads, State::kWaitsForBlock);
+  }
+  for (unsigned i = 0; i < threads; ++i) {
+    if (block.fibers[i].state != State::kEnded) {
+      fail("threads of one block wait for each other at different places");
+    }
+  }
+}
+
+inline void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, std::function<void()> kernel) {
+  if (threads == 0 || threads > 1024 || shared_bytes > kMaxShared || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.y > 65535 || grid.z > 65535) {
+    fail("a launch that CUDA would refuse");
+  }
+  if (block.fibers.size() < threads) {
+    block.fibers = std::vector<Fiber>(threads);
+  }
+  block.kernel = std::move(kernel);
+  blockDim = dim3(threads);
+  gridDim = grid;
+  const bool reversed = std::getenv("CUDA_ON_CPU_REVERSED") != nullptr;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t b = reversed ? blocks - 1 - i : i;
+    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+    run_block(threads, shared_bytes);
+  }
+}
+
+// What lane `from` of this thread's warp shows; the thread's own value if there is no such lane.
+template <class T>
+T shuffle(T value, unsigned from) {
+  static_assert(sizeof(T) <= 8);
+  Fiber& self = block.fibers[block.current];
+  const unsigned turn = self.shuffles++ % 2, warp = block.current / warpSize * warpSize;
+  std::memcpy(&self.shown[turn], &value, sizeof value);
+  wait(State::kWaitsForWarp);
+  if (from < warpSize && warp + from < blockDim.x) {
+    std::memcpy(&value, &block.fibers[warp + from].shown[turn], sizeof value);
+  }
+  return value;
+}
+
+// Dynamic shared memory.
+inline char* shared() { return block.shared; }
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::State::kWaitsForBlock); }
+inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::wait(cuda_on_cpu::State::kWaitsForWarp); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_on_cpu::shuffle(value, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_on_cpu::shuffle(value, threadIdx.x % warpSize ^ mask);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  return cuda_on_cpu::shuffle(value, threadIdx.x % warpSize + delta);
+}
+
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+
+// The runtime: one device, which is the CPU.
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = -1;  // the index of a tensor on the CPU
+  return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+  cuda_on_cpu::run_grid(config->gridDim, config->blockDim.x, config->dynamicSmemBytes, [=] { kernel(arguments...); });
+  return cudaSuccess;
+}
+
+// Found by the name that a CUDA build of torch gives it.
+extern "C" [[gnu::visibility("default")]] inline int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+[[gnu::used]] inline const auto keep_current_stream = &aoti_torch_get_current_cuda_stream;

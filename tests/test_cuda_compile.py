@@ -1,0 +1,191 @@
+"""csrc/cuda compiles with nvcc for GPUs that are not here, into machine code that is as good as it was meant to be, and
+the library loads where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from diffkern import toolchain
+
+READ, BUILT = (80, 90), (86, 89, 100, 120)  # whose machine code is read; for which it only has to compile
+FUTURE = (15, 0)  # a GPU that nvcc does not know gets code for the driver to translate
+REGISTERS, SHARED = 128, 48 * 1024
+NO_TENSOR_READ = {"randn"}
+# All instructions of the program, over the normals that a thread makes in one turn: torch's noise alone takes 129.
+PER_NORMAL = {"randn<Half, true>": 34, "randn<BFloat16, true>": 34, "randn<float, true>": 46}
+
+try:
+    toolchain.find_nvcc(), toolchain.find_compiler()
+except toolchain.BuildError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of what is built once a run, also when that is spread over processes."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def built(folder: Path, name: str, capabilities: list[tuple[int, int]]) -> Path:
+    library = folder / f"{name}.so"
+    with FileLock(folder / f"{name}.lock"):
+        if not library.exists():
+            recipe = toolchain.cuda_recipe(capabilities)
+            recipe = recipe._replace(compile=f"{recipe.compile} -Xptxas -v")
+            toolchain.build(library, recipe, library.with_suffix(".log"))
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Path:
+    """The library for the architectures whose machine code is read."""
+    return built(folder, "diffkern_cuda", [divmod(number, 10) for number in READ])
+
+
+def kernels(log: str) -> list[dict[str, Any]]:
+    """What ptxas said of every kernel and architecture: registers, stack, spills and shared memory, in bytes."""
+    found = []
+    for part in re.split(r"ptxas info\s*: Compiling entry function ", log)[1:]:
+        name, arch = re.match(r"'(\w+)' for '(\w+)'", part).groups()  # type: ignore[union-attr]
+        numbers = {
+            "registers": r"Used (\d+) registers",
+            "stack": r"(\d+) bytes stack frame",
+            "stores": r"(\d+) bytes spill stores",
+            "loads": r"(\d+) bytes spill loads",
+            "shared": r"(\d+) bytes smem",
+        }
+        matches = {key: re.search(pattern, part) for key, pattern in numbers.items()}
+        found.append({"name": name, "arch": arch, **{key: int(m[1]) if m else 0 for key, m in matches.items()}})
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(library: Path) -> list[dict[str, Any]]:
+    """The kernels of the library, each with its opcodes in `code` and, if they are named in C++, its `title`."""
+    listing = machine_code(library)
+    found = kernels(library.with_suffix(".log").read_text())
+    titles = readable([k["name"] for k in found])
+    for k, title in zip(found, titles, strict=True):
+        k["code"], k["title"] = listing[k["name"], k["arch"]], title
+    return found
+
+
+def readable(names: list[str]) -> list[str]:
+    """C++ names without namespace and parameters: randn<float, true>."""
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
+    titles = [re.sub(r"\(anonymous namespace\)|diffkern|::", "", line) for line in done.splitlines()]
+    return [re.sub(r"^void |\(.*", "", title) for title in titles]
+
+
+def machine_code(library: Path) -> dict[tuple[str, str], list[str]]:
+    """The opcodes of every kernel, by its name and architecture."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="cuobjdump is in the CUDA toolkit and in Triton")
+        tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    listing = subprocess.run([tool, "-sass", str(library)], capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[str, str], list[str]] = {}
+    arch, code = "", []
+    for line in listing.splitlines():
+        if m := re.search(r"code for (\w+)", line):
+            arch = m[1]
+        elif m := re.search(r"Function : (\w+)", line):
+            code = found.setdefault((m[1], arch), [])
+        elif m := re.match(r"\s+/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", line):
+            code.append(m[1])
+    for code in found.values():
+        while code and code[-1] in ("NOP", "BRA"):  # padding behind the end
+            code.pop()
+    return found
+
+
+def failures(found: list[dict[str, Any]], wrong: Callable[[dict[str, Any]], str]) -> list[str]:
+    assert found
+    return [f"{k['title']}, {k['arch']}: {w}" for k in found if (w := wrong(k))]
+
+
+def test_every_kernel_stays_in_registers_and_in_float32(compiled):
+    def wrong(k: dict[str, Any]) -> str:
+        said = [f"{k[key]} {key}" for key in ("stack", "stores", "loads") if k[key]]
+        said += [f"{k[key]} {key}" for key, limit in (("registers", REGISTERS), ("shared", SHARED)) if k[key] > limit]
+        said += [op for op in k["code"] if re.match(r"(LDL|STL)\b|D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]
+        return ", ".join(said[:5])
+
+    assert not failures(compiled, wrong)
+
+
+def test_every_kernel_has_a_form_that_moves_sixteen_bytes_at_a_time(compiled):
+    wide: dict[str, bool] = {}
+    for k in compiled:
+        reads = any(re.match(r"LDG\.E\b.*\.128\b", op) for op in k["code"])
+        writes = any(re.match(r"STG\.E\b.*\.128\b", op) for op in k["code"])
+        name = k["title"].split("<")[0]
+        types = re.findall(r"float|Half|BFloat16", k["title"])
+        form = f"{name} {' '.join(types)} {k['arch']}"
+        wide[form] = wide.get(form, False) or (writes and (reads or name in NO_TENSOR_READ))
+    assert not [form for form, is_wide in wide.items() if not is_wide]
+
+
+def test_a_normal_costs_few_instructions(compiled):
+    def wrong(k: dict[str, Any]) -> str:
+        limit = PER_NORMAL.get(k["title"])
+        cost = len(k["code"]) / (4 if "float" in k["title"] else 8)
+        return f"{cost:.1f} a normal" if limit is not None and cost > limit else ""
+
+    assert not failures(compiled, wrong)
+    assert PER_NORMAL.keys() <= {k["title"] for k in compiled}
+
+
+def test_every_architecture_gets_every_kernel(compiled, folder):
+    other = built(folder, "diffkern_cuda_others", [*(divmod(number, 10) for number in BUILT), FUTURE])
+    built_there = kernels(other.with_suffix(".log").read_text())
+    names = {k["name"] for k in compiled}
+    for arch, found in (("sm_80", compiled), ("sm_90a", compiled), *((f"sm_{n}", built_there) for n in BUILT)):
+        assert {k["name"] for k in found if k["arch"] == arch} == names, arch
+    assert not [k for k in built_there if k["stack"] or k["stores"] or k["loads"]]
+
+
+LOAD = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+try:
+    torch.ops.diffkern_CUDA.randn(torch.zeros(1, 2, dtype=torch.int64), [8], 0, torch.float32, 0)
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+def test_the_library_loads_without_a_gpu(library):
+    """It is linked against no CUDA library, and says that it has nothing for the CPU."""
+    done = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "'CPU' backend" in done.stdout
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in needed
+    assert not re.search(r"NEEDED.*(cudart|libcuda|torch_cuda|c10_cuda)", needed)
+
+
+def test_flags_are_for_the_gpus_that_are_there():
+    known = {75, 80, 86, 89, 90, 100, 120}
+    flags = {
+        ((8, 0),): "arch=compute_80,code=sm_80",
+        ((9, 0), (9, 0)): "arch=compute_90a,code=sm_90a",
+        ((12, 1),): "arch=compute_120,code=compute_120",
+        ((10, 3),): "arch=compute_100,code=compute_100",
+    }
+    for capabilities, expected in flags.items():
+        assert toolchain.gencode(capabilities, known) == f"-gencode {expected}"
+    assert toolchain.gencode([(9, 0), (8, 6)], known).count("-gencode") == 2
+    with pytest.raises(toolchain.BuildError, match=r"compute capability 7\.0"):
+        toolchain.gencode([(7, 0)], known)
