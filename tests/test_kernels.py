@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_sample import alone
 from torch import Tensor
 
 from diffkern.layout import is_dense
@@ -136,24 +137,6 @@ def test_an_offset_continues_the_stream():
 # One sample alone and in a batch
 
 
-WEIGHT_BIAS = ("weight", "bias")
-
-
-def _alone(name: str, args: tuple[object, ...], i: int) -> list[object]:
-    """The call for sample i only. Tables and parameters are shared; a guided model output has two entries a sample."""
-    batch = next(len(a) for a in args if isinstance(a, Tensor))
-    shared = ("table", "alpha_sigma", "weight", "bias", "cos", "sin", *(f"{x}_{p}" for x in "qkv" for p in WEIGHT_BIAS))
-
-    def pick(parameter: str, a: object) -> object:
-        if not isinstance(a, Tensor) or parameter in shared:
-            return a
-        layout = torch.contiguous_format if a.is_contiguous() or a.dim() != 4 else torch.channels_last
-        picked = a[[i]] if len(a) == batch else a[[i, batch + i]]
-        return picked.contiguous(memory_format=layout) if is_dense(a) else picked
-
-    return [pick(parameter, a) for parameter, a in zip(OPS[name].signature.parameters, args, strict=True)]
-
-
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_sample_alone_equals_itself_in_a_batch(name):
     for sample in small(name, torch.float16):
@@ -163,7 +146,7 @@ def test_a_sample_alone_equals_itself_in_a_batch(name):
             continue
         together = run(name, *args)
         i = batch - 1
-        for whole, part in zip(together, run(name, *_alone(name, args, i)), strict=True):
+        for whole, part in zip(together, run(name, *alone(OPS[name], args, i)), strict=True):
             if whole.numel():
                 expected = whole[[i]] if len(part) == 1 else whole[[i, batch + i]]
                 assert torch.equal(part, expected), f"{sample.name}: differs from sample {i} of the batch"

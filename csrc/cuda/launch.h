@@ -95,15 +95,6 @@ inline Tensor empty_as(const Tensor& like, ScalarType dtype, int64_t batch) {
   return empty_on(like, shape_with_batch(like, batch), dtype, !like.is_contiguous());
 }
 
-constexpr int64_t kGridLimit = 65535;  // of a grid's second and third axis
-
-// A program for each chunk of each sample. Chunks of one sample are neighbours, and no program divides to learn its
-// sample (sample_index() in block.cuh); the samples of the last few programs may not exist.
-inline dim3 sample_grid(int64_t batch, int64_t chunks) {
-  return dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(std::min(batch, kGridLimit)),
-              static_cast<unsigned>((batch + kGridLimit - 1) / kGridLimit));
-}
-
 // Whether these pointers can be read and written 16 bytes at a time; an absent one can.
 template <class... Pointers>
 bool aligned(Pointers... pointers) {

@@ -6,7 +6,7 @@
 namespace diffkern {
 namespace {
 
-Tensor randn_op(const Tensor& keys, std::vector<int64_t> shape, int64_t draw, ScalarType dtype, int64_t offset) {
+Tensor launch_randn(const Tensor& keys, std::vector<int64_t> shape, int64_t draw, ScalarType dtype, int64_t offset) {
   constexpr const char* kOp = "diffkern::randn";
   const int64_t batch = keys.dim() == 0 ? 0 : keys.size(0);
   const int64_t* key = int64_data(kOp, "keys", keys, {batch, 2});
@@ -39,6 +39,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_CUDA, m) {
   m.def("randn(Tensor keys, SymInt[] shape, SymInt draw, ScalarType dtype, SymInt offset) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(diffkern_CUDA, DIFFKERN_KEY, m) { m.impl("randn", TORCH_BOX(&randn_op)); }
+STABLE_TORCH_LIBRARY_IMPL(diffkern_CUDA, DIFFKERN_KEY, m) { m.impl("randn", TORCH_BOX(&launch_randn)); }
 
 }  // namespace diffkern

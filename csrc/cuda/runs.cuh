@@ -6,8 +6,9 @@
 namespace diffkern {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 2048;         // numbers of a channels_last tile
-constexpr int kMaxChannels = 64;    // of a channels_last tile; a multiple of every run
+constexpr int64_t kGridLimit = 65535;  // of a grid's second and third axis
+constexpr int kTile = 2048;       // numbers of a channels_last tile
+constexpr int kMaxChannels = 64;  // of one; a multiple of every run
 
 // How a batch lies in memory and is cut: a sample is n numbers; of a channels_last one, `pixels` rows of `channels`. A
 // program takes `tiles` tiles of kThreads runs, of a channels_last sample one tile.
@@ -16,7 +17,13 @@ struct Cut {
   int32_t channels, tiles;
 };
 
-__device__ __forceinline__ int64_t sample_index() { return blockIdx.y + int64_t{65535} * blockIdx.z; }
+// The sample of this program of a sample_grid (launch.h).
+__device__ __forceinline__ int64_t sample_index() { return blockIdx.y + kGridLimit * blockIdx.z; }
+
+// A row of a table of `rows`: never outside, whatever a tensor on the device says.
+__device__ __forceinline__ int64_t clamp_row(int64_t row, int64_t rows) {
+  return row < 0 ? 0 : row >= rows ? rows - 1 : row;
+}
 
 // Calls body(offset, count) for the runs of this thread, `offset` from the sample's first number, a multiple of N;
 // count < N for the last run of some samples.
@@ -29,21 +36,23 @@ __device__ __forceinline__ void for_each_run(const Cut& cut, Body body) {
   }
 }
 
-// The tile of pixels and channels of this program in a channels_last sample.
+// How a channels_last sample is cut into tiles of about kTile numbers: strips of channels, if it has many, and of each
+// so many pixels.
+DIFFKERN_HD int tile_width(int channels) { return channels < kMaxChannels ? channels : kMaxChannels; }
+DIFFKERN_HD int tile_height(int channels) { return kTile / tile_width(channels) / 8 * 8; }  // whole runs and counters
+DIFFKERN_HD int strips(int channels) { return (channels + kMaxChannels - 1) / kMaxChannels; }
+
+// The tile of this program.
 struct Tile {
   int64_t pixel;
-  int channel, width, height, stride;  // `stride` of shared memory: odd, against bank conflicts
+  int channel, width, height;
 };
 
 __device__ __forceinline__ Tile tile_of(const Cut& cut) {
-  const int width = cut.channels < kMaxChannels ? cut.channels : kMaxChannels;
-  const int across = (cut.channels + kMaxChannels - 1) / kMaxChannels;
-  const int height = kTile / width / 8 * 8;
-  const int64_t pixel = int64_t{blockIdx.x} / across * height;
-  const int channel = static_cast<int>(blockIdx.x % across) * kMaxChannels;
-  const int64_t left = cut.pixels - pixel;
-  return {pixel, channel, cut.channels - channel < width ? cut.channels - channel : width,
-          static_cast<int>(left < height ? left : height), height + 1};
+  const int width = tile_width(cut.channels), height = tile_height(cut.channels), across = strips(cut.channels);
+  const int64_t pixel = int64_t{height} * (blockIdx.x / across), pixels = cut.pixels - pixel;
+  const int channel = kMaxChannels * static_cast<int>(blockIdx.x % across), channels = cut.channels - channel;
+  return {pixel, channel, channels < width ? channels : width, static_cast<int>(pixels < height ? pixels : height)};
 }
 
 // The same for a channels_last sample: body(offset, count, noise). A counter names four neighbours in logical (NCHW)
@@ -52,7 +61,8 @@ template <int N, class Body>
 __device__ __forceinline__ void for_each_run_channels_last(const Cut& cut, const Stream& stream, Body body) {
   __shared__ float noise[kTile + kMaxChannels + 8];
   const Tile tile = tile_of(cut);
-  const int blocks = tile.height / 4 + 2;  // that four neighbours of a channel's pixels in the tile may lie in
+  const int stride = tile.height + 1;      // odd, against bank conflicts
+  const int blocks = tile.height / 4 + 2;  // that the pixels of one channel may lie in
   for (int i = threadIdx.x; i < tile.width * blocks; i += kThreads) {
     const int channel = i / blocks;
     const int64_t first = (tile.channel + channel) * cut.pixels + tile.pixel;  // element of the tile's first pixel
@@ -63,7 +73,7 @@ __device__ __forceinline__ void for_each_run_channels_last(const Cut& cut, const
       normals(stream, element, z);
       for (int j = 0; j < 4; ++j) {
         if (from + j >= 0 && from + j < tile.height) {
-          noise[channel * tile.stride + from + j] = z[j];
+          noise[channel * stride + from + j] = z[j];
         }
       }
     }
@@ -80,7 +90,7 @@ __device__ __forceinline__ void for_each_run_channels_last(const Cut& cut, const
     float z[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      z[j] = j < count ? noise[channel * tile.stride + pixel] : 0.0f;
+      z[j] = j < count ? noise[channel * stride + pixel] : 0.0f;
       if (++channel == tile.width) {
         channel = 0;
         ++pixel;
@@ -90,11 +100,18 @@ __device__ __forceinline__ void for_each_run_channels_last(const Cut& cut, const
   }
 }
 
-// How many programs a channels_last sample is cut into.
-inline int64_t channels_last_tiles(int64_t channels, int64_t pixels) {
-  const int64_t width = channels < kMaxChannels ? channels : kMaxChannels;
-  const int64_t height = kTile / width / 8 * 8;
-  return (channels + kMaxChannels - 1) / kMaxChannels * ((pixels + height - 1) / height);
+// body(offset, count, noise) for the runs of this thread in a sample of either layout.
+template <bool kChannelsLast, int N, class Body>
+__device__ __forceinline__ void for_each_noisy_run(const Cut& cut, const Stream& stream, Body body) {
+  if constexpr (kChannelsLast) {
+    for_each_run_channels_last<N>(cut, stream, body);
+  } else {
+    for_each_run<N>(cut, [&](int64_t at, int count) {
+      float z[N];
+      normals(stream, at, z);
+      body(at, count, z);
+    });
+  }
 }
 
 }  // namespace diffkern

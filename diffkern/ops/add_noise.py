@@ -42,6 +42,13 @@ def _supports(
     return fast_dtype(x0.dtype)
 
 
+@add_noise.backend("cuda", devices=("cuda",), supports=_supports)
+def _(
+    x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.diffkern_CUDA.add_noise.default(x0, timestep, alpha_sigma, keys, draw, return_noise)
+
+
 @add_noise.backend("triton", devices=("cuda",), supports=_supports)
 def _(
     x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool

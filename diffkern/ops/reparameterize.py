@@ -52,6 +52,11 @@ def _supports(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> bool | s
     return fast_dtype(mean.dtype)
 
 
+@reparameterize.backend("cuda", devices=("cuda",), supports=_supports)
+def _(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
+    return torch.ops.diffkern_CUDA.reparameterize.default(mean, logvar, keys, draw)
+
+
 @reparameterize.backend("triton", devices=("cuda",), supports=_supports)
 def _(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Tensor:
     from diffkern.kernels.reparameterize import reparameterize as kernel

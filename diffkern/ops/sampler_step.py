@@ -103,6 +103,11 @@ def _supports(x: Tensor, model_output: Tensor, table: Tensor, *_: object) -> boo
     return fast_dtype(model_output.dtype)
 
 
+@sampler_step.backend("cuda", devices=("cuda",), supports=_supports)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.diffkern_CUDA.sampler_step.default(*args)
+
+
 @sampler_step.backend("triton", devices=("cuda",), supports=_supports)
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from diffkern.kernels.sampler_step import sampler_step as kernel

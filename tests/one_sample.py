@@ -1,0 +1,26 @@
+"""The call of an op for one sample of a batch: its result must not depend on the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffkern.layout import is_dense
+from diffkern.op import Op
+
+WEIGHT_BIAS = ("weight", "bias")
+SHARED = ("table", "alpha_sigma", "weight", "bias", "cos", "sin", *(f"{x}_{p}" for x in "qkv" for p in WEIGHT_BIAS))
+
+
+def alone(op: Op, args: tuple[object, ...], i: int) -> list[object]:
+    """The call for sample i only. Tables and parameters are shared; a guided model output has two entries a sample."""
+    batch = next(len(a) for a in args if isinstance(a, Tensor))
+
+    def pick(parameter: str, a: object) -> object:
+        if not isinstance(a, Tensor) or parameter in SHARED:
+            return a
+        layout = torch.contiguous_format if a.is_contiguous() or a.dim() != 4 else torch.channels_last
+        picked = a[[i]] if len(a) == batch else a[[i, batch + i]]
+        return picked.contiguous(memory_format=layout) if is_dense(a) else picked
+
+    return [pick(parameter, a) for parameter, a in zip(op.signature.parameters, args, strict=True)]
