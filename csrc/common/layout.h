@@ -4,6 +4,7 @@
 #include "check.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>  // its macro is also in torch 2.11, the stable one is not
 
 #include <algorithm>
 #include <vector>
@@ -85,7 +86,7 @@ inline Tensor uninitialised(const std::vector<int64_t>& shape, ScalarType dtype,
   }
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
                                                          strides.data(), type, device_type, device, &handle));
   return Tensor(handle);
 }

@@ -33,7 +33,7 @@ class Launch {
       guard_.emplace(device);  // torch's guard takes longer than a launch: only where it is needed
     }
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -85,8 +85,8 @@ class Launch {
 inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype,
                        bool channels_last = false) {
   int32_t type, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   return uninitialised(shape, dtype, channels_last, type, index);
 }
 
