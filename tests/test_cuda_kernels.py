@@ -85,10 +85,11 @@ def test_a_sample_alone_equals_itself_in_a_batch(name):
                 same(part, whole[[i]] if len(part) == 1 else whole[[i, batch + i]])
 
 
+@pytest.mark.parametrize("guard", [256, 257])
 @pytest.mark.parametrize("name", cuda_library.NAMES)
-def test_reads_nothing_around_its_tensors(name):
-    """Every tensor lies between NaNs, and begins where no vector can: one read into the result is seen."""
-    guard = 257
+def test_reads_nothing_around_its_tensors(name, guard):
+    """Every tensor lies between NaNs, and begins where a vector can or where none can: one read into the result is
+    seen."""
 
     def inside_guards(a: object) -> object:
         if not isinstance(a, Tensor) or not a.numel() or not is_dense(a):
@@ -99,7 +100,11 @@ def test_reads_nothing_around_its_tensors(name):
 
     for sample in small(name, torch.float16):
         args = sample.args()
-        for a, b in zip(run(name, *args), run(name, *map(inside_guards, args)), strict=True):
+        guarded = tuple(map(inside_guards, args))
+        if guard % 2 and name not in NOISE:  # sums in another order
+            check(OPS[name], "cuda", guarded)
+            continue
+        for a, b in zip(run(name, *args), run(name, *guarded), strict=True):
             same(a, b)
 
 

@@ -26,14 +26,14 @@ class Launch {
   // All tensors must be on the device of the first; an absent optional one is on any.
   template <class... Others>
   explicit Launch(const char* op, const Tensor& first, const Others&... others) : op_(op) {
-    const int32_t device = first.get_device_index();
+    device_ = first.get_device_index();
     (together(first, others), ...);
     int current = -1;
-    if (cudaGetDevice(&current) != cudaSuccess || current != device) {
-      guard_.emplace(device);  // torch's guard takes longer than a launch: only where it is needed
+    if (cudaGetDevice(&current) != cudaSuccess || current != device_) {
+      guard_.emplace(device_);  // torch's guard takes longer than a launch: only where it is needed
     }
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(current_stream()(device, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -41,13 +41,38 @@ class Launch {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                   Arguments... arguments) const {
+    in_clusters(1, kernel, grid, threads, shared_bytes, arguments...);
+  }
+
+  // The same in clusters of so many blocks.
+  template <class... Parameters, class... Arguments>
+  void in_clusters(int blocks, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                   Arguments... arguments) const {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
+    config.attrs = &cluster;
+    config.numAttrs = blocks > 1;
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     check(error == cudaSuccess, op_, ": the launch failed: ", cudaGetErrorString(error));
+  }
+
+  // Whether the device has clusters, and this library was compiled for one that has.
+  bool has_clusters() const {
+#ifdef __CUDA_ARCH_LIST__
+    constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
+    if (*std::max_element(std::begin(kArchitectures), std::end(kArchitectures)) < 900) {
+      return false;
+    }
+#endif
+    int major = 0;
+    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_) == cudaSuccess && major >= 9;
   }
 
  private:
@@ -77,6 +102,7 @@ class Launch {
   }
 
   const char* op_;
+  int32_t device_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_ = nullptr;
 };

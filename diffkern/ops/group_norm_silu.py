@@ -60,6 +60,21 @@ def supports(
     return fast_dtype(x.dtype)
 
 
+_WIDEST = 512  # channels of a group that a block of the CUDA kernels takes
+
+
+def _supports_cuda(x: Tensor, num_groups: int, *rest: Any) -> bool | str:
+    channels = x.shape[1] + (0 if rest[-1] is None else rest[-1].shape[1])
+    if num_groups > 0 and channels > _WIDEST * num_groups:
+        return f"takes at most {_WIDEST} channels a group"
+    return supports(x, num_groups, *rest)
+
+
+@group_norm_silu.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.ops.diffkern_CUDA.group_norm_silu(x, *rest)
+
+
 @group_norm_silu.backend("triton", devices=("cuda",), supports=supports)
 def _(x: Tensor, *rest: Any) -> Tensor:
     from diffkern.kernels.group_norm_silu import group_norm_silu as kernel
