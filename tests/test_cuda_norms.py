@@ -1,4 +1,4 @@
-"""group_norm_silu in CUDA on sizes that the samples of the op are too small for: every way to cut a sample. On a GPU if
+"""The norms in CUDA on sizes that the samples of their ops are too small for: every way to cut a sample. On a GPU if
 there is one, else on the CPU as test_cuda_kernels.py does it."""
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ GROUPS: list[tuple[str, tuple[int, ...], int, str, dict[str, Any]]] = [
     ("a cluster a group", (2, 16, 64, 64), 4, "contiguous", ALL),
     ("two passes over a group", (1, 8, 256, 264), 1, "contiguous", {"add": True, "offset": 30.0}),
 ]
+WIDTHS = (512, 1000, 1152, 2048, 3072, 4096, 8192)  # one for each kernel
 
 
 def group_norm_args(
@@ -68,10 +69,28 @@ def test_float32_and_parameters_of_another_dtype(layout):
         check(OPS["group_norm_silu"], "cuda", args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("parameters", ["same", "float32"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width_of_a_row(width, parameters, dtype):
+    other = dtype if parameters == "same" else torch.float32
+    x, y = make((2, 3, width), DEVICE, dtype), make((2, 3, width), DEVICE, dtype, seed=1)
+    gate, shift, scale = (make((2, width), DEVICE, other, seed=s) for s in (2, 3, 4))
+    weight, bias = (make((width,), DEVICE, other, seed=s) for s in (5, 6))
+    check(OPS["layer_norm_modulate"], "cuda", (x, shift, scale, weight, bias, 1e-6))
+    check(OPS["layer_norm_modulate"], "cuda", (x, None, None, weight, bias, 1e-6))
+    check(OPS["layer_norm_modulate"], "cuda", (x, None, None, None, bias, 1e-6))
+    check(OPS["gate_residual_norm_modulate"], "cuda", (x, y, gate, shift, scale, None, None, 1e-6))
+    check(OPS["gate_residual_norm_modulate"], "cuda", (x, y, gate, shift, scale, weight, None, 1e-6))
+    check(OPS["rms_norm"], "cuda", (x, weight, 1e-6))
+
+
 def test_what_is_too_wide_is_left_to_triton():
     def why_not(name: str, *args: Any) -> str | bool:
         backend = next(b for b in OPS[name].backends if b.name == "cuda")
         return backend.supports(*OPS[name].bind(*args))  # type: ignore[misc]
 
+    assert why_not("rms_norm", torch.empty(1, 8192)) is True
+    assert why_not("rms_norm", torch.empty(1, 8193)) == "takes at most 8192 channels"
     assert why_not("group_norm_silu", torch.empty(1, 1024, 2, 2), 2) is True
     assert why_not("group_norm_silu", torch.empty(1, 1026, 2, 2), 2) == "takes at most 512 channels a group"

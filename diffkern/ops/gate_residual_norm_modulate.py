@@ -11,7 +11,15 @@ from torch import Tensor
 
 from diffkern.layout import accumulate
 from diffkern.op import Cost, Sample, op
-from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, gradients, layer_norm_modulate, why_not, why_not_on_gpu
+from diffkern.ops.layer_norm_modulate import (
+    SHAPES,
+    WORKLOADS,
+    gradients,
+    layer_norm_modulate,
+    why_not,
+    why_not_in_cuda,
+    why_not_on_gpu,
+)
 
 
 @op
@@ -69,6 +77,18 @@ def _supports_cpu(x: Tensor, y: Tensor, *args: Any) -> bool | str:
 
 def _supports_triton(x: Tensor, y: Tensor, *args: Any) -> bool | str:
     return "takes x and y of one dtype" if x.dtype != y.dtype else why_not_on_gpu(x, *args[:-1])
+
+
+def _supports_cuda(x: Tensor, y: Tensor, *args: Any) -> bool | str:
+    return "takes x and y of one dtype" if x.dtype != y.dtype else why_not_in_cuda(x, *args[:-1])
+
+
+@gate_residual_norm_modulate.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+def _(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.ops.diffkern_CUDA.gate_residual_norm_modulate(x, y, gate, shift, scale, weight, bias, eps)
 
 
 @gate_residual_norm_modulate.backend("triton", devices=("cuda",), supports=_supports_triton)

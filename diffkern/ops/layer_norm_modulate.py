@@ -78,7 +78,9 @@ class _Gradient(torch.autograd.Function):
 
 layer_norm_modulate.gradient(_Gradient)
 
-_WIDEST = 16384  # channels that one program of the Triton kernels keeps in registers
+# Channels of a row that the kernels keep in registers.
+_WIDEST = 16384
+_WIDEST_IN_CUDA = 8192
 
 
 def why_not(x: Tensor, *parameters: Tensor | None) -> bool | str:
@@ -88,16 +90,32 @@ def why_not(x: Tensor, *parameters: Tensor | None) -> bool | str:
     return fast_dtype(x.dtype)
 
 
-def why_not_on_gpu(x: Tensor, *parameters: Tensor | None) -> bool | str:
-    if x.shape[-1] > _WIDEST:
-        return f"takes at most {_WIDEST} channels"
+def why_not_on_gpu(x: Tensor, *parameters: Tensor | None, widest: int = _WIDEST) -> bool | str:
+    if x.shape[-1] > widest:
+        return f"takes at most {widest} channels"
     return why_not(x, *parameters)
+
+
+def why_not_in_cuda(x: Tensor, *parameters: Tensor | None) -> bool | str:
+    return why_not_on_gpu(x, *parameters, widest=_WIDEST_IN_CUDA)
+
+
+def _supports_cuda(x: Tensor, *args: Any) -> bool | str:
+    fits = why_not_in_cuda(x)
+    return _supports_triton(x, *args) if fits is True else fits
 
 
 def _supports_triton(x: Tensor, *args: Any) -> bool | str:
     if (args[0] is None) != (args[1] is None):
         return "takes shift and scale together or neither"
     return why_not_on_gpu(x, *args[:-1])
+
+
+@layer_norm_modulate.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+def _(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return torch.ops.diffkern_CUDA.layer_norm_modulate(x, shift, scale, weight, bias, eps)
 
 
 @layer_norm_modulate.backend("triton", devices=("cuda",), supports=_supports_triton)

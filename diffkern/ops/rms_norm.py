@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Cost, Sample, op
-from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, why_not_on_gpu
+from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, why_not_in_cuda, why_not_on_gpu
 
 
 @op
@@ -34,6 +34,16 @@ def _supports(x: Tensor, weight: Tensor | None, eps: float) -> bool | str:
 def _supports_triton(x: Tensor, weight: Tensor | None, eps: float) -> bool | str:
     fits = why_not_on_gpu(x)
     return _supports(x, weight, eps) if fits is True else fits
+
+
+def _supports_cuda(x: Tensor, weight: Tensor | None, eps: float) -> bool | str:
+    fits = why_not_in_cuda(x)
+    return _supports(x, weight, eps) if fits is True else fits
+
+
+@rms_norm.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return torch.ops.diffkern_CUDA.rms_norm(x, weight, eps)
 
 
 @rms_norm.backend("triton", devices=("cuda",), supports=_supports_triton)
