@@ -72,7 +72,7 @@ def test_conditioning_is_computed_once_for_many_steps(tiny, monkeypatch):
     assert asked == [(pytest.approx(timesteps), [0, 2, model.null_label] * 5)]
 
     asked.clear()
-    monkeypatch.setattr("diffkern.samplers.loop._ROWS", 7)  # two steps of three rows fit
+    monkeypatch.setattr("diffkern.samplers.step._ROWS", 7)  # two steps of three rows fit
     assert (diffkern.sample(model, table(), 4, **options) - once).abs().max() <= 1e-4 * once.std()
     assert [len(timesteps) for timesteps, _ in asked] == [6, 6, 3]
 

@@ -237,11 +237,17 @@ class Given(nn.Module):
         told = {k: t.repeat(len(timestep), *(1,) * (t.dim() - 1)) for k, t in told.items()}
         return self.model.conditioning(timestep.repeat_interleave(rows), **told)
 
-    def forward(self, x: Tensor, timestep: Tensor | None = None, conditioning: Tensor | None = None) -> Tensor:
-        """As the model's. Raises ValueError for a batch that the prompts cannot be shared out to."""
+    def unbound(self, batch: int) -> tuple[UNet2DCondition, dict[str, Any]]:
+        """The model, and what its prompt makes it be given in each call. Raises ValueError for a batch that the prompts
+        cannot be shared out to."""
         for prompt in self.prompts[:1]:
-            _share(len(prompt.keys), len(x))
-        return self.model(x, timestep, conditioning=conditioning, prompts=self.prompts, **self.told)
+            _share(len(prompt.keys), batch)
+        return self.model, {"prompts": self.prompts}
+
+    def forward(self, x: Tensor, timestep: Tensor | None = None, conditioning: Tensor | None = None) -> Tensor:
+        """As the model's. Raises ValueError as `unbound` does."""
+        model, given = self.unbound(len(x))
+        return model(x, timestep, conditioning=conditioning, **given, **self.told)
 
 
 def _share(rows: int, batch: int) -> int:

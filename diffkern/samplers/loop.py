@@ -1,11 +1,11 @@
-"""The one sampling loop: whatever the sampler, a model call and a `sampler_step` per row of its table.
+"""The one sampling loop: whatever the sampler, a `Step` per row of its table.
 
 Nothing in the loop waits for the device: coefficients, timesteps and noise keys are on it before the loop starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,19 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffkern.ops.randn import Draw, noise_keys, randn
-from diffkern.ops.sampler_step import C_IN, sampler_step
+from diffkern.samplers import graph
+from diffkern.samplers.step import Model, Step, Told, unbound
 from diffkern.samplers.table import Table
-
-Model = Callable[..., Tensor]
-"""(x [B, ...], timestep float32 [B]) or (x, timestep, labels int64 [B]) -> the model output [B, ...].
-
-A model may have a method `conditioning(timestep [N])` or `conditioning(timestep, labels)` -> [..., N, width]: all that
-it computes from these alone, or without labels [..., N R, width], with R rows for a timestep, each for B / R samples in
-turn. That is then called for many steps at once, and the model with one step's part of the result, as
-model(x, conditioning=[..., B, width])."""
-
-# Rows of conditioning that are made at once: enough to read the weights behind them seldom, and 100 MB for DiT-XL/2.
-_ROWS = 128
 
 
 class Progress(NamedTuple):
@@ -53,10 +43,11 @@ def sample(
     progress: bool | None = None,
     callback: Callable[[Progress], None] | None = None,
     trajectory: bool = False,
+    cuda_graph: bool | str = "auto",
 ) -> Any:
     """Draw n samples from a model with a sampler's table.
 
-    model: see `Model`; called in its own dtype, on its own device. shape: of one sample; default model.sample_shape.
+    model: see step.Model; called in its own dtype, on its own device. shape: of one sample; default model.sample_shape.
     seed, sample_ids: sample i of a seed is the same picture alone, in any batch and with any batch_size; ids default to
     0..n-1. labels: one or n class labels; for a class-conditional model the default is the null label. guidance:
     classifier-free guidance scale (Ho & Salimans 2022), one or float [n]; needs labels and a null label, or else a
@@ -64,40 +55,47 @@ def sample(
     True, False, or None to show a bar on a terminal once the work takes longer than two seconds. callback: called
     after every step.
 
+    cuda_graph: True records a step in a CUDA graph and replays it, with the same result bit for bit. Weights may change
+    in place or be replaced; a Python number that the model reads stays what it was in the recording. What cannot be
+    recorded runs without, after one warning. "auto" does so on a GPU for diffkern's own networks in runs of 8 steps or
+    more. False does not, and frees the model's graphs, which keep the memory that a step needs.
+
     Returns float32 [n, *shape], and with trajectory a pair of that and float32 [steps + 1, n, *shape], the noise first.
     Raises ValueError for arguments that do not fit together."""
     ids, n = _ids(n, sample_ids)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     device, dtype = _placement(model)
+    graph.check(cuda_graph, device)
     shape = tuple(shape if shape is not None else getattr(model, "sample_shape", ()))
     if not shape:
         raise ValueError("give the shape of one sample: the model has no sample_shape")
     null_label = getattr(model, "null_label", None) if null_label is None else null_label
     classes, scale = _conditioning(n, labels, guidance, null_label, device)
 
-    run = _Run(model, table, shape, seed, device, dtype, callback)
+    batches = _Batches(model, table, shape, seed, device, dtype, callback, cuda_graph)
     out = torch.empty(n, *shape, device=device)
     path = torch.empty(len(table) + 1, n, *shape, device=device) if trajectory else None
     # disable=None hides the bar where there is no terminal
     hidden = None if progress is None else not progress
     delay = 2.0 if progress is None else 0.0
-    batches = range(0, n, batch_size)
-    with tqdm(total=len(table) * len(batches), desc=table.name, unit="step", disable=hidden, delay=delay) as bar:
-        for start in batches:
+    starts = range(0, n, batch_size)
+    with tqdm(total=len(table) * len(starts), desc=table.name, unit="step", disable=hidden, delay=delay) as bar:
+        for start in starts:
             part = slice(start, min(start + batch_size, n))
-            out[part] = run.batch(
+            batches.run(
                 ids[part],
                 None if classes is None else classes[part],
                 None if scale is None else scale[part],
                 null_label,
+                out[part],
                 None if path is None else path[:, part],
                 bar,
             )
     return out if path is None else (out, path)
 
 
-class _Run:
+class _Batches:
     """What all batches of one call share: the table and its timesteps, on the device."""
 
     def __init__(
@@ -109,63 +107,40 @@ class _Run:
         device: torch.device,
         dtype: torch.dtype,
         callback: Callable[[Progress], None] | None,
+        cuda_graph: bool | str,
     ) -> None:
         self.model, self.table, self.shape, self.seed = model, table, shape, seed
-        self.device, self.dtype, self.callback = device, dtype, callback
+        self.device, self.dtype, self.callback, self.cuda_graph = device, dtype, callback, cuda_graph
         self.rows = table.data.to(device, torch.float32)
         self.timesteps = torch.tensor(table.timesteps, dtype=torch.float32, device=device)
 
-    def batch(
-        self, ids: Tensor, classes: Tensor | None, scale: Tensor | None, null_label: int | None, path: Any, bar: Any
-    ) -> Tensor:
-        table, b = self.table, len(ids)
+    def run(
+        self, ids: Tensor, classes: Tensor | None, scale: Tensor | None, null_label: int | None, out: Tensor,
+        path: Tensor | None, bar: Any,
+    ) -> None:  # fmt: skip
+        """Write the samples into out [B, ...], and the way to them into path [steps + 1, B, ...]."""
         keys = noise_keys(self.seed, ids, self.device)
-        x = table.init_scale * randn(keys, list(self.shape), int(Draw.SAMPLING))
+        x = self.table.init_scale * randn(keys, list(self.shape), int(Draw.SAMPLING))
         if path is not None:
             path[0] = x
-        doubled = 1 if scale is None else 2
         if scale is not None and classes is not None:
             assert null_label is not None
             classes = torch.cat([torch.full_like(classes, null_label), classes])
-        model_input = (self.rows[0, C_IN] * x).to(self.dtype)
-        model_input = model_input.repeat(doubled, *(1,) * len(self.shape))
-        index = torch.arange(len(table), device=self.device)[:, None].repeat(1, b)
-        base = torch.zeros_like(x) if table.uses_base else None
-        past = [torch.zeros_like(x) for _ in range(table.history)]
-        for i, (given, named) in enumerate(self.given(classes, doubled * b)):
-            output = self.model(model_input, *given, **named)
-            # The state takes the layout of the model's output once: no kernel then has to transpose it.
-            if i == 0 and output.dim() == 4 and not output.is_contiguous():
-                x = x.contiguous(memory_format=torch.channels_last)
-            x, model_input, next_base, entry = sampler_step(
-                x, output, self.rows, index[i], keys if table.noisy else None, scale, base,
-                *(past + [None] * (3 - len(past))),
-            )  # fmt: skip
-            base = next_base if base is not None else None
-            past = [entry, *past][: table.history]
-            if path is not None:
-                path[i + 1] = x
-            if self.callback is not None:
-                self.callback(Progress(i, table.timesteps[i], x, ids))
-            bar.update()
-        return x
-
-    def given(self, classes: Tensor | None, batch: int) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
-        """What the model is given beside x in each step."""
-        condition = getattr(self.model, "conditioning", None)
-        if condition is None:
-            labels = () if classes is None else (classes,)
-            yield from (((times, *labels), {}) for times in self.timesteps[:, None].repeat(1, batch))
-            return
-        distinct, which = (None, None) if classes is None else classes.unique(return_inverse=True)
-        n = 1 if distinct is None else len(distinct)
-        for times in self.timesteps.split(max(1, _ROWS // n)):
-            labels = () if distinct is None else (distinct.repeat(len(times)),)
-            rows = condition(times.repeat_interleave(n), *labels).unflatten(-2, (len(times), -1))
-            for row in rows.unbind(-3):
-                told = row if which is None else row.index_select(-2, which)
-                # without labels there is one row for all, or one for each half, or for each sample
-                yield (), {"conditioning": told.repeat_interleave(batch // told.shape[-2], -2)}
+        calls = len(ids) * (1 if scale is None else 2)
+        told = Told(self.model, self.timesteps, classes, calls)
+        network, given = unbound(self.model, calls)
+        step = Step.begin(self.table, self.rows, x, self.dtype, keys, scale, told, given)
+        with graph.start(network, step, len(self.table), self.cuda_graph) as do_step:
+            for i, timestep in enumerate(self.table.timesteps):
+                if i and i % told.every == 0:
+                    do_step.step.tell(told.chunk(i))
+                do_step()
+                if path is not None:
+                    path[i + 1] = do_step.step.x
+                if self.callback is not None:
+                    self.callback(Progress(i, timestep, do_step.step.x.clone(), ids))
+                bar.update()
+            out.copy_(do_step.step.x)
 
 
 def _ids(n: int | None, sample_ids: Iterable[int] | None) -> tuple[Tensor, int]:

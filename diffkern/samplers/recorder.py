@@ -1,0 +1,110 @@
+"""Recording kernels into a CUDA graph, with what PyTorch's own way leaves undone when it does not succeed.
+
+What may not be recorded, such as asking the device for a number, is refused before CUDA sees it: CUDA would end the
+recording, and PyTorch 2.11 then goes on as if it were still on, in its allocator and its random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_recording = threading.Lock()
+
+
+class Refused(RuntimeError):
+    """A step does what cannot be recorded. The message says what."""
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what cannot be recorded, and remembers what is read that was not made inside, but for `known` tensors."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.read: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not _WAITS.isdisjoint(getattr(func, "tags", ())):
+            raise Refused(f"the model asks the device for a number ({func})")
+        if func in _COPIES and len({d.type for d in (kwargs.get("device"), *(t.device for t in given)) if d}) > 1:
+            raise Refused(f"the model copies between the host and the device ({func})")
+        for t in given:
+            place = t.untyped_storage().data_ptr()
+            if place not in self.known:
+                self.read.setdefault(place, t)
+        made = func(*args, **kwargs)
+        self.known.update(t.untyped_storage().data_ptr() for t in tree_leaves(made) if isinstance(t, Tensor))
+        return made
+
+
+_WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class Recorder:
+    """Records what is run on a device, into a pool of its memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.last = device, torch.cuda.Event()
+
+    def new_pool(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def in_order(self) -> Iterator[None]:
+        """What the block does comes after what such a block did before, in another stream too."""
+        torch.cuda.current_stream(self.device).wait_event(self.last)
+        try:
+            yield
+        finally:
+            self.last.record(torch.cuda.current_stream(self.device))
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """run, to be called again and again. It is not run here."""
+        graph = torch.cuda.CUDAGraph()
+        with _recording, torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what is free here cannot be had inside
+            with _own_workspaces(), torch.cuda.stream(torch.cuda.Stream()):
+                # Other threads may allocate meanwhile.
+                graph.capture_begin(self.pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                except BaseException:
+                    self._abandon(graph)
+                    raise
+                graph.capture_end()
+        return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:  # CUDA has ended it, and PyTorch 2.11 then leaves its own part undone
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            # A recording that succeeds takes the random numbers, too, out of the state that they were left in.
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin(torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+            torch.zeros(1, device=self.device)
+            other.capture_end()
+
+
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Inside cuBLAS takes new workspaces, of a graph's own memory: those that there were could be freed, or written by
+    products of another stream, while a graph still used them."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
