@@ -81,9 +81,9 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(name: str, device: str, results: Any) -> Path:
-    """Write results/<machine>/<name>.json. Returns its path."""
-    path = RESULTS / folder_name(device) / f"{name}.json"
+def write(name: str, device: str, results: Any, folder: Path = RESULTS) -> Path:
+    """Write <folder>/<machine>/<name>.json. Returns its path."""
+    path = folder / folder_name(device) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
     return path
