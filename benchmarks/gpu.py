@@ -81,28 +81,28 @@ def sets_of(args: tuple[Any, ...], moved: int) -> list[tuple[Any, ...]]:
 
 
 class Replay:
-    """A CUDA graph of calls on different inputs, with different outputs. Raises RuntimeError if a call cannot be
-    captured, such as one that waits for the device."""
+    """A CUDA graph of calls on different inputs, with different outputs, `results`: of so many calls as take GRAPH
+    seconds, unless their number is given. Raises RuntimeError if a call cannot be captured, such as one that waits for
+    the device."""
 
-    def __init__(self, bind: Bind, sets: list[tuple[Any, ...]]) -> None:
+    def __init__(self, bind: Bind, sets: list[tuple[Any, ...]], calls: int = 0) -> None:
         self.stream = torch.cuda.Stream()  # autograd runs on the stream that it was recorded on: bound there as well
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            calls = [bind(*args) for args in sets]
-            for call in calls:  # compiles, packs, tries kernels: nothing of it may happen in a graph
+            self.eager = [bind(*args) for args in sets]
+            for call in self.eager:  # compiles, packs, tries kernels: nothing of it may happen in a graph
                 call()
             torch.cuda.synchronize()
             start = time.perf_counter()
-            calls[0]()
+            self.eager[0]()
             torch.cuda.synchronize()
             once = time.perf_counter() - start
-            self.calls = max(len(calls), min(CALLS, int(GRAPH / once)))
+            self.calls = calls or max(len(sets), min(CALLS, int(GRAPH / once)))
             self.graph = torch.cuda.CUDAGraph()
             # Within the stream's own block, which is left also when a capture fails.
             with torch.cuda.graph(self.graph, stream=self.stream):
-                kept = [calls[i % len(calls)]() for i in range(self.calls)]  # alive: every call has memory of its own
-            del kept
-        self.eager = calls
+                self.results = [self.eager[i % len(sets)]() for i in range(self.calls)]
+        torch.cuda.current_stream().wait_stream(self.stream)
         self.repeat = 1
         self.repeat = max(1, min(20, int(MEASUREMENT / (self.seconds() * self.calls))))
 

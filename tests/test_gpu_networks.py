@@ -17,7 +17,7 @@ from diffusers_models import MODELS, make
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 
-OWN = {
+OWN: dict[str, Any] = {
     "DDPM": diffkern.UNet2D,
     "SD 1.5": diffkern.UNet2DCondition,
     "SDXL": diffkern.UNet2DCondition,
