@@ -47,7 +47,7 @@ def answers(
                 if (left := until - time.monotonic()) <= 0:
                     done.put((item, Failure("no time was left")))
                     continue
-                child = child or _Child(command)
+                child = child or Child(command)
                 answer = child.ask(item, min(each, left))
                 if isinstance(answer, Failure):
                     child.end()
@@ -68,7 +68,9 @@ def answers(
         worker.join()
 
 
-class _Child:
+class Child:
+    """A process that runs this Python with `command`, and answers what it is asked."""
+
     def __init__(self, command: Sequence[object]) -> None:
         # Unlike a pipe, a file does not fill up.
         self.errors = tempfile.NamedTemporaryFile("w+", prefix="diffkern-", suffix=".log")  # noqa: SIM115
@@ -87,6 +89,7 @@ class _Child:
         self.lines.put(None)
 
     def ask(self, item: Any, seconds: float) -> Any:
+        """The answer; or a Failure, after which there are no more."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(item) + "\n")

@@ -55,7 +55,7 @@ PYTHON
 tests() { # -P: not the checkout's own folder, which is no whole package
     local which=(-m gpu -n "$((cores < 12 ? cores : 12))" --dist worksteal)
     [[ $device == cuda ]] || which=(tests/test_benchmarks.py)
-    python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark --maxfail=100 "${which[@]}"
+    TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark --maxfail=100 "${which[@]}"
 }
 
 sanitize() {
@@ -65,7 +65,7 @@ sanitize() {
     fi
     local tool failed=0 pids=()
     for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 \
             python3 tests/gpu_sanitize.py >"$out/logs/$tool.txt" 2>&1 &
         pids+=($!)
     done
@@ -82,19 +82,21 @@ ops() { # one thread each: the compilers of all processes share the cores
 }
 
 networks() {
-    local which=(--seconds 215)
+    local left=$((515 - elapsed))
+    local which=(--processes "$((cores < 14 ? cores : 14))" --seconds "$((left < 215 ? left : 215))")
     [[ $device == cuda ]] || which=(--tiny --networks vae-512 --variants "diffkern;diffusers" --rounds 1)
-    TORCHINDUCTOR_COMPILE_THREADS=4 OMP_NUM_THREADS=2 python3 benchmarks/bench_end_to_end.py \
+    TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=2 python3 benchmarks/bench_end_to_end.py \
         --device "$device" --out "$out" "${which[@]}"
 }
 
-declare -A limit=([build]=60 [tests]=110 [sanitize]=60 [ops]=160 [networks]=240)
+declare -A limit=([build]=60 [tests]=120 [sanitize]=60 [ops]=160 [networks]=230)
 failed=()
 export repository out device cores
 export -f build tests sanitize ops networks
 for part in "${parts[@]}"; do
     echo "== $part, at most ${limit[$part]} s"
     start=$SECONDS
+    export elapsed=$SECONDS
     timeout --kill-after=5 "${limit[$part]}" bash -c "$part" 2>&1 | tee "$out/logs/$part.txt"
     code=${PIPESTATUS[0]}
     echo "== $part: $( ((code)) && echo "FAILED with $code" || echo passed) in $((SECONDS - start)) s"
