@@ -1,6 +1,7 @@
 """Whole networks and sampling runs, diffkern against what users have today, on the same weights.
 
     python benchmarks/bench_end_to_end.py [--networks cifar,dit,...] [--dtypes float32,bfloat16] [--rounds 5]
+    python benchmarks/bench_end_to_end.py --device cuda [--seconds 240]    # see networks_gpu.py
 
 Every variant is first run in a process of its own: how long its first call takes, what memory it needs, and whether
 its result is that of diffusers in float32. One that is wrong is refused. Then all are timed in turn in one process, and
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import networks_gpu
 import record
 import torch
 from networks import NETWORKS, Network, Prepare, Run, accelerated, as_loaded, channels_last
@@ -193,25 +195,39 @@ def measure(network: str, dtype: str, variants: list[str], rounds: int, folder: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=",".join(NETWORKS), help=f"of {', '.join(NETWORKS)}")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--variants", default=";".join(VARIANTS), help=f"of {'; '.join(VARIANTS)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--networks", help=f"of {', '.join(NETWORKS)}; on a GPU of {', '.join(networks_gpu.NETWORKS)}")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)}; on a GPU bfloat16")
+    parser.add_argument("--variants", help=f"of {'; '.join(VARIANTS)}")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="the folder of the records")
+    parser.add_argument("--processes", type=int, default=8, help="on a GPU: that compile at once")
+    parser.add_argument("--seconds", type=float, default=3600, help="on a GPU: what is left then is left out")
+    parser.add_argument("--tiny", action="store_true", help="the GPU's benchmark with small networks, also on a CPU")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    networks, dtypes, variants = args.networks.split(","), args.dtypes.split(","), args.variants.split(";")
-    for given, known in ((networks, NETWORKS), (dtypes, DTYPES), (variants, VARIANTS)):
+    on_gpu = args.device == "cuda" or args.tiny
+    all_networks: Any = networks_gpu.NETWORKS if on_gpu else NETWORKS
+    all_variants = ("diffkern", *networks_gpu.THEIRS) if on_gpu else tuple(VARIANTS)
+    args.networks = args.networks.split(",") if args.networks else list(all_networks)
+    args.variants = args.variants.split(";") if args.variants else list(all_variants)
+    dtypes = args.dtypes.split(",")
+    for given, known in ((args.networks, all_networks), (dtypes, DTYPES), (args.variants, all_variants)):
         for name in given:
             if name not in known:
                 parser.error(f"there is no {name!r}: choose of {', '.join(known)}")
-    if variants[0] != "diffkern":
+    if args.variants[0] != "diffkern":
         parser.error("diffkern must be the first variant: the others are compared with it")
-    for network in networks:
+    if on_gpu:
+        networks_gpu.main(args)
+        return
+    for network in args.networks:
         with tempfile.TemporaryDirectory() as name:
             NETWORKS[network].make(Path(name))
             for dtype in dtypes:
                 print(f"{network}, {dtype}", flush=True)
-                results = measure(network, dtype, variants, args.rounds, Path(name))
-                print(record.write(f"end_to_end-{network}-{dtype}", "cpu", results), flush=True)
+                results = measure(network, dtype, args.variants, args.rounds, Path(name))
+                print(record.write(f"end_to_end-{network}-{dtype}", "cpu", results, args.out), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,59 +2,77 @@
 
     python benchmarks/bench_ops.py                      # everything, into benchmarks/results/<machine>/ops-<op>.json
     python benchmarks/bench_ops.py --op randn --dtype float32 --no-compile --no-record
+    python benchmarks/bench_ops.py --device cuda --processes 8 --seconds 150 --out results
 
 Rivals, timed in turn so that all of them see the same machine: every backend that can run, the reference, what a user
-would write today with torch's own generator ("torch"; of a gradient, autograd's way back), torch.compile of both, a
-clone of as many bytes ("copy") and, for an op that multiplies, a matmul with a packed weight of as many operations
-("matmul").
+would write today with torch's own generator ("torch"; of a gradient, autograd's way back), torch.compile of both, on a
+GPU also each kernel that a library has, a clone of as many bytes ("copy") and, for an op that multiplies, a matmul with
+a packed weight of as many operations ("matmul"; on a GPU a large one that is measured once).
+
+With --processes, so many of them first check and compile all that follows, in parallel; then one times it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import children
+import gpu
 import record
 import torch
-from plain import AUTOGRAD, PLAIN
+from plain import AUTOGRAD, LIBRARY, PLAIN
 from torch import Tensor
 from tqdm import tqdm
 
 import diffkern
-from diffkern.op import OPS, Cost, Op
+from diffkern.op import OPS, Cost, Op, Sample
 from diffkern.testing import check
 
-Call = Callable[[], Any]
+Bind = Callable[..., Callable[[], Any]]
+Item = tuple[str, str, str]  # op, dtype, sample
 PRODUCTS = ("linear", "query_key_value", "conv2d", "attention")  # the ops whose floor is arithmetic
 SIDE = 1024  # of the weight of the matmul that they are compared with
+EACH = 60.0  # seconds that a child may take for an item
 
 
-def rivals(op: Op, args: tuple[Any, ...], device: str, compiled: bool) -> dict[str, Call]:
-    """The calls to compare, by name. A backend is here only if it agrees with the oracle."""
-    calls: dict[str, Call] = {}
-    for backend in op.backends:
-        if backend.why_not(args) is None:
-            check(op, backend.name, args)
-            calls[backend.name] = lambda backend=backend: backend(*args)  # type: ignore[misc]
-    calls["reference"] = lambda: op.reference(*args)
-    if op.name in PLAIN:
-        calls["torch"] = lambda: PLAIN[op.name](*args)
+def later(function: Callable[..., Any]) -> Bind:
+    return lambda *args: lambda: function(*args)
+
+
+def rivals(op: Op, args: tuple[Any, ...], device: str, compiled: bool) -> dict[str, Bind]:
+    """The calls to compare, by name: given arguments, each is a call on them."""
+    calls = {b.name: later(b) for b in op.backends if b.why_not(args) is None}
+    plain = PLAIN.get(op.name)
+    if device != "cuda" or "torch" not in {*calls, *(["torch"] if plain or op.name in AUTOGRAD else [])}:
+        calls["reference"] = later(op.reference)  # on a GPU only in place of what one would write
+    if plain is not None:
+        calls["torch"] = later(plain)
     if op.name in AUTOGRAD:
-        calls["torch"] = AUTOGRAD[op.name](*args)
+        calls["torch"] = AUTOGRAD[op.name]
     if compiled:
         torch.compiler.reset()
-        for name, function in (("reference", op.reference), ("torch", PLAIN.get(op.name))):
+        # On a GPU as fast as it gets outside a graph of its own; products there are a library's either way.
+        mode = "max-autotune-no-cudagraphs" if device == "cuda" and op.name not in PRODUCTS else "default"
+        functions = {"reference": op.reference, "torch": plain}
+        if device == "cuda":
+            composed = next((b.run for b in op.backends if b.name == "torch"), op.reference)
+            functions = {} if op.name in AUTOGRAD else {"torch": plain or composed}
+        for name, function in functions.items():
             if function is not None:
-                quick = torch.compile(function, fullgraph=True)
-                calls[f"{name}, compiled"] = lambda quick=quick: quick(*args)  # type: ignore[misc]
-    cost = op.count_cost(*args)
-    block = torch.ones(cost.bytes // 2, dtype=torch.uint8, device=device)
-    calls["copy"] = block.clone
-    if op.name in PRODUCTS:
+                calls[f"{name}, compiled"] = later(torch.compile(function, fullgraph=True, mode=mode))
+    half = op.count_cost(*args).bytes // 2
+    calls["copy"] = lambda *_: torch.ones(half, dtype=torch.uint8, device=device).clone
+    if device == "cuda":
+        calls |= {name: later(function) for name, function in LIBRARY.get(op.name, {}).items()}
+    elif op.name in PRODUCTS:
         dtype = next(a.dtype for a in args if isinstance(a, Tensor))
-        x, weight = (torch.randn(n, SIDE, device=device).to(dtype) for n in (-(-cost.flops // (2 * SIDE**2)), SIDE))
-        calls["matmul"] = lambda: diffkern.linear(x, weight)
+        rows = -(-op.count_cost(*args).flops // (2 * SIDE**2))
+        x, weight = (torch.randn(n, SIDE).to(dtype) for n in (rows, SIDE))
+        calls["matmul"] = lambda *_: lambda: diffkern.linear(x, weight)
     return calls
 
 
@@ -71,55 +89,144 @@ def figures(times: list[float], cost: Cost, copy: list[float], matmul: list[floa
     return found
 
 
+def work(options: argparse.Namespace) -> Iterator[tuple[Op, str, Sample]]:
+    """All that is timed. On a GPU every op's first workload comes first, and what is only for a GPU before the rest, in
+    case the time is short."""
+    found: list[tuple[tuple[bool, int], tuple[Op, str, Sample]]] = []
+    for name in options.op or sorted(OPS):
+        for dtype in options.dtype or (("bfloat16",) if options.device == "cuda" else ("float32", "bfloat16")):
+            samples = [
+                sample
+                for sample in OPS[name].make_samples(options.device, getattr(torch, dtype))
+                if (not sample.workload if options.tiny else sample.workload in (True, options.device))
+            ][: 1 if options.tiny else None]
+            order = sorted(samples, key=lambda sample: sample.workload != "cuda")
+            found += [((s.workload != "cuda", i), (OPS[name], dtype, s)) for i, s in enumerate(order)]
+    if options.device == "cuda":
+        found.sort(key=lambda entry: entry[0])
+    return iter([item for _, item in found])
+
+
+class Bench:
+    """One process's part: it makes, checks and times items."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.items = {(op.name, dtype, sample.name): (op, sample) for op, dtype, sample in work(options)}
+        self.cuda = options.device == "cuda"
+        if self.cuda:
+            gpu.settings()
+
+    def check(self, item: Item) -> str:
+        """Why an item must not be timed, or nothing. What it would compile is compiled then."""
+        op, sample = self.items[item]
+        args = op.bind(*sample.args())
+        for backend in op.backends:
+            if backend.why_not(args) is None:
+                try:
+                    check(op, backend.name, args)
+                except AssertionError as wrong:
+                    return str(wrong)
+        if self.cuda:
+            torch.cuda.empty_cache()  # the oracle's memory, for the processes beside this one
+        for name, bind in rivals(op, args, self.options.device, not self.options.no_compile).items():
+            if name.endswith("compiled"):
+                bind(*args)()
+        return ""
+
+    def time(self, item: Item, ceilings: dict[str, float]) -> dict[str, Any]:
+        """The record of an item."""
+        op, sample = self.items[item]
+        args = op.bind(*sample.args())
+        cost = op.count_cost(*args)
+        calls = rivals(op, args, self.options.device, not self.options.no_compile)
+        row = {"op": op.name, "sample": sample.name, "dtype": item[1], "bytes": cost.bytes, "flops": cost.flops}
+        if not self.cuda:
+            bound = {name: bind(*args) for name, bind in calls.items()}
+            for call in bound.values():
+                call()  # compiles, and fills caches
+            times = record.interleave(bound, self.options.rounds, at_least=5e-3)
+            copy, matmul = times["copy"], times.get("matmul")
+            return row | {"times": {name: figures(t, cost, copy, matmul) for name, t in times.items()}}
+        times, launched, refused = gpu.interleave(calls, gpu.sets_of(args, cost.bytes), self.options.rounds)
+        arithmetic = cost.flops / ceilings["TFLOP/s"] / 1e12
+        floor = max(cost.bytes / ceilings["GB/s"] / 1e9, arithmetic)
+        found = {}
+        for name, t in times.items():
+            matmul = [arithmetic] * len(t) if op.name in PRODUCTS and name != "copy" else None
+            found[name] = figures(t, cost, times["copy"], matmul)
+            found[name] |= {"us without a graph": float(f"{launched[name] * 1e6:.4g}"),
+                            "of floor": float(f"{floor * 1e6 / found[name]['us']['median']:.3g}")}  # fmt: skip
+        return row | {"chosen": op.choose(args).name, "ceilings": ceilings, "times": found, "refused": refused}
+
+
+def in_children(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
+    """Rows, or why there is none: all are checked and compiled in parallel, and what passes is timed in one process."""
+    items = [(op.name, dtype, sample.name) for op, dtype, sample in work(options)]
+    start = time.monotonic()
+    # What was not checked in the first 45 % of the time is not timed.
+    checked = children.answers(
+        [*sys.argv, "--child", "check"], items, options.processes, start + 0.45 * options.seconds, EACH
+    )
+    passed = set()
+    for item, wrong in tqdm(checked, total=len(items), desc="check and compile", disable=None):
+        if wrong:
+            yield tuple(item), children.Failure(wrong)
+        else:
+            passed.add(tuple(item))
+    print(f"checked {len(items)} calls in {time.monotonic() - start:.0f} s, {len(passed)} to be timed", flush=True)
+    ordered = [item for item in items if item in passed]
+    yield from children.answers([*sys.argv, "--child", "time"], ordered, 1, start + options.seconds, EACH)
+
+
+def in_process(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
+    bench = Bench(options)
+    ceilings = gpu.ceilings() if bench.cuda else {}
+    for item in tqdm(bench.items, disable=None):
+        wrong = bench.check(item)
+        yield item, children.Failure(wrong) if wrong else bench.time(item, ceilings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=sorted(OPS), action="append", help="only this op (may be repeated)")
     parser.add_argument("--dtype", action="append", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=0, help="20, on a GPU 9")
+    parser.add_argument("--processes", type=int, default=0, help="check and compile in so many, time in another")
+    parser.add_argument("--seconds", type=float, default=3600, help="with --processes: what is left then is left out")
+    parser.add_argument("--tiny", action="store_true", help="a small sample of each op: whether this script runs")
+    parser.add_argument("--out", type=record.Path, default=record.RESULTS, help="the folder of the records")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--no-record", action="store_true", help="print, and write nothing")
+    parser.add_argument("--child", choices=("check", "time"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.rounds = options.rounds or (9 if options.device == "cuda" else 20)
     torch.set_num_threads(options.threads)
+    if options.child:
+        bench = Bench(options)
+        if options.child == "check":
+            children.serve(lambda item: bench.check(tuple(item)))
+        else:
+            ceilings = gpu.ceilings() if bench.cuda else {}
+            children.serve(lambda item: bench.time(tuple(item), ceilings))
+        return
 
-    work = [
-        (OPS[name], dtype, sample)
-        for name in options.op or sorted(OPS)
-        for dtype in options.dtype or ("float32", "bfloat16")
-        for sample in OPS[name].make_samples(options.device, getattr(torch, dtype))
-        if sample.workload
-    ]
     rows: dict[str, list[dict[str, Any]]] = {}
     refused = 0
-    for op, dtype, sample in tqdm(work, disable=None):
-        args = sample.args()
-        cost = op.count_cost(*args)
-        try:
-            calls = rivals(op, args, options.device, not options.no_compile)
-        except AssertionError as wrong:
+    for (op, dtype, sample), row in in_children(options) if options.processes else in_process(options):
+        start = f"{op:16} {sample:34} {dtype:9}"
+        if isinstance(row, children.Failure):
             refused += 1
-            tqdm.write(f"{op.name:16} {sample.name:34} {dtype:9} not timed: {wrong}")
+            tqdm.write(f"{start} not timed: {row}")
             continue
-        for call in calls.values():
-            call()  # compiles, and fills caches
-        times = record.interleave(calls, options.rounds, at_least=5e-3)
-        timed = {name: figures(t, cost, times["copy"], times.get("matmul")) for name, t in times.items()}
-        rows.setdefault(op.name, []).append(
-            {
-                "op": op.name,
-                "sample": sample.name,
-                "dtype": dtype,
-                "bytes": cost.bytes,
-                "flops": cost.flops,
-                "times": timed,
-            }
-        )
-        line = "   ".join(f"{name} {f['us']['median']:.0f} us ({f['of copy']:.2f})" for name, f in timed.items())
-        tqdm.write(f"{op.name:16} {sample.name:34} {dtype:9} {line}")
+        rows.setdefault(op, []).append(row)
+        line = "   ".join(f"{n} {f['us']['median']:.4g} us ({f['of copy']:.2f})" for n, f in row["times"].items())
+        tqdm.write(f"{start} {line}")
     if not options.no_record:
         for name, found in rows.items():
-            print(record.write(f"ops-{name}", options.device, found))
+            print(record.write(f"ops-{name}", options.device, found, options.out))
     raise SystemExit(1 if refused else 0)
 
 

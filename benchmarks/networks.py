@@ -23,6 +23,28 @@ Prepare = Callable[[Any], Any]  # what is done to a diffusers model once it is l
 Change = Callable[[nn.Module], Any]  # what is called in its place
 
 
+CIFAR: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+VAE: dict[str, Any] = {
+    "sample_size": 512,
+    "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+}
+
+
 class Network(NamedTuple):
     """what: one run of it, in words. make: writes its folder. ours, theirs: a run, from the folder and a dtype; theirs
     as one of the ways below prepares it."""
@@ -86,21 +108,21 @@ def _network(what: str, kind: str, config: dict[str, Any], inputs: Callable[[], 
         return lambda: call(*args)
 
     def theirs(folder: Path, dtype: torch.dtype, prepare: Prepare, change: Change) -> Run:
-        call, args = change(_First(_load(kind, str(folder), dtype, prepare), method)), given(dtype)
+        call, args = change(First(_load(kind, str(folder), dtype, prepare), method)), given(dtype)
         return lambda: call(*args)
 
     return Network(what, _random(kind, config), ours, theirs)
 
 
-class _First(nn.Module):
+class First(nn.Module):
     """A diffusers model with its result in the open."""
 
     def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
         self.model, self.method = model, method
 
-    def forward(self, *args: Tensor) -> Tensor:
-        result: Tensor = getattr(self.model, self.method)(*args, return_dict=False)[0]
+    def forward(self, *args: Tensor, **named: Any) -> Tensor:
+        result: Tensor = getattr(self.model, self.method)(*args, **named, return_dict=False)[0]
         return result[:, : args[0].shape[1]] if self.method == "forward" else result  # without a learned variance
 
 
@@ -118,32 +140,33 @@ class Emoji:
     N, STEPS, GUIDANCE = 36, 20, 3.0
 
     @classmethod
-    def ours(cls, folder: Path, dtype: torch.dtype) -> Run:
-        diffusion = diffkern.load("emoji-32", dtype=dtype)
+    def ours(cls, folder: Path, dtype: torch.dtype, device: str = "cpu", **more: Any) -> Run:
+        diffusion = diffkern.load("emoji-32", dtype=dtype, device=device)
         # diffusers' scheduler cannot clip x0 as the bundled model's schedule asks, so nobody does here
         table = diffkern.make_table("dpmpp_2m", diffusion.schedule, cls.STEPS, spacing="trailing", clip=math.inf)
         labels = [i % len(diffusion.labels) for i in range(cls.N)]
         options: dict[str, Any] = {"labels": labels, "guidance": cls.GUIDANCE, "batch_size": cls.N, "progress": False}
+        options |= more
         return lambda: diffkern.sample(diffusion.model, table, cls.N, **options)
 
     @classmethod
-    def theirs(cls, folder: Path, dtype: torch.dtype, prepare: Prepare, change: Change) -> Run:
+    def theirs(cls, folder: Path, dtype: torch.dtype, prepare: Prepare, change: Change, device: str = "cpu") -> Run:
         """The loop that a diffusers user writes, with the same initial noise."""
         import diffusers
 
         source = str(ASSETS / "emoji-32")
-        model = _load("UNet2DModel", source, dtype, prepare)
+        model = _load("UNet2DModel", source, dtype, prepare).to(device)
         layout = torch.channels_last if prepare is channels_last else torch.contiguous_format
         scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
             diffusers.DDPMScheduler.load_config(source), timestep_spacing="trailing", final_sigmas_type="zero"
         )
         null = model.config.num_class_embeds - 1
-        labels = torch.tensor([null] * cls.N + [i % null for i in range(cls.N)])
-        noise = diffkern.randn(diffkern.noise_keys(0, cls.N), [3, 32, 32])
-        forward = change(_First(model, "forward"))
+        labels = torch.tensor([null] * cls.N + [i % null for i in range(cls.N)], device=device)
+        noise = diffkern.randn(diffkern.noise_keys(0, cls.N, device), [3, 32, 32])
+        forward = change(First(model, "forward"))
 
         def run() -> Tensor:
-            scheduler.set_timesteps(cls.STEPS)
+            scheduler.set_timesteps(cls.STEPS, device=device)
             x = noise
             for t in scheduler.timesteps:
                 both = torch.cat([x, x]).to(dtype).contiguous(memory_format=layout)
@@ -158,17 +181,7 @@ NETWORKS: dict[str, Network] = {
     "cifar": _network(
         "CIFAR-10 DDPM UNet, 8 pictures of 32 x 32, one call",
         "UNet2DModel",
-        {
-            "sample_size": 32,
-            "block_out_channels": [128, 256, 256, 256],
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-            "attention_head_dim": None,
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-            "norm_eps": 1e-6,
-        },
+        CIFAR,
         lambda: (torch.randn(8, 3, 32, 32), torch.arange(8) * 100),
     ),
     "dit": _network(
@@ -180,20 +193,13 @@ NETWORKS: dict[str, Network] = {
     "sd15": _network(
         "Stable Diffusion 1.5 UNet, 2 latents of 64 x 64, 77 tokens, one call",
         "UNet2DConditionModel",
-        {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        SD15,
         lambda: (torch.randn(2, 4, 64, 64), torch.tensor([500, 500]), torch.randn(2, 77, 768)),
     ),
     "vae": _network(
         "Stable Diffusion 1.5 VAE, a latent of 64 x 64 decoded, one call",
         "AutoencoderKL",
-        {
-            "sample_size": 512,
-            "latent_channels": 4,
-            "block_out_channels": [128, 256, 512, 512],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "layers_per_block": 2,
-        },
+        VAE,
         lambda: (torch.randn(1, 4, 64, 64),),
         "decode",
     ),

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffkern.layout import per_channel, per_sample
+from diffkern.ops.sampler_step import C_IN, MAKES_INPUT, NOISE, sampler_step
 
 
 def torch_randn(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> Tensor:
@@ -40,9 +42,10 @@ def torch_group_norm_silu(
 
 
 def torch_layer_norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale[:, None]) + shift[:, None]
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y if scale is None or shift is None else y * (1 + scale[:, None]) + shift[:, None]
 
 
 def torch_gate_residual_norm_modulate(
@@ -56,9 +59,33 @@ def torch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def torch_sampler_step(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, keys: Tensor | None, guidance: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The reference without noise, and torch's noise after it."""
+    *state, results = rest
+    if keys is None:
+        return sampler_step.reference(x, model_output, table, row, None, guidance, *rest)
+    x_next, _, *more = sampler_step.reference(
+        x, model_output, table, row, None, guidance, *state, (15 if results is None else results) & ~MAKES_INPUT
+    )
+    x_next = x_next + per_sample(table[row, NOISE], x) * torch.randn_like(x)
+    model_input = (per_sample(table[row + 1, C_IN], x) * x_next).to(model_output.dtype)
+    return x_next, model_input if guidance is None else torch.cat([model_input, model_input]), *more
+
+
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+def _attention_by(backend: SDPBackend) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch_attention(*args)
+
+    return run
 
 
 def autograd_group_norm_silu(x: Tensor, grad: Tensor, groups: int, *rest: Any) -> Callable[[], Any]:
@@ -92,9 +119,19 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "randn": torch_randn,
     "add_noise": torch_add_noise,
     "reparameterize": torch_reparameterize,
+    "sampler_step": torch_sampler_step,
     "group_norm_silu": torch_group_norm_silu,
     "layer_norm_modulate": torch_layer_norm_modulate,
     "gate_residual_norm_modulate": torch_gate_residual_norm_modulate,
     "rms_norm": torch_rms_norm,
     "attention": torch_attention,
+}
+
+# Each of the kernels that a library has, where torch chooses one itself.
+LIBRARY: dict[str, dict[str, Callable[..., Any]]] = {
+    "attention": {
+        "cuDNN": _attention_by(SDPBackend.CUDNN_ATTENTION),
+        "FlashAttention-2": _attention_by(SDPBackend.FLASH_ATTENTION),
+        "memory-efficient": _attention_by(SDPBackend.EFFICIENT_ATTENTION),
+    }
 }

@@ -27,16 +27,17 @@ def interleave(
     repeats = dict.fromkeys(variants, 1)
     if at_least:
         for name, run in variants.items():
-            once = min(_seconds(run, 1) for _ in range(3))
+            once = min(measured(run, 1) for _ in range(3))
             repeats[name] = max(1, int(at_least / max(once, 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            seconds[name].append(_seconds(run, repeats[name]))
+            seconds[name].append(measured(run, repeats[name]))
     return seconds
 
 
-def _seconds(run: Callable[[], object], repeat: int) -> float:
+def measured(run: Callable[[], object], repeat: int) -> float:
+    """Seconds a call, of so many in a row."""
     _synchronise()
     start = time.perf_counter()
     for _ in range(repeat):
@@ -64,12 +65,18 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """What a reader needs to judge a figure: versions, hardware, threads, commit and command."""
     facts = doctor.report()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": facts["versions"],
         "devices": facts["devices"],
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "command": " ".join(["python", *sys.argv]),
     }
 
@@ -81,9 +88,9 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(name: str, device: str, results: Any) -> Path:
-    """Write results/<machine>/<name>.json. Returns its path."""
-    path = RESULTS / folder_name(device) / f"{name}.json"
+def write(name: str, device: str, results: Any, folder: Path = RESULTS) -> Path:
+    """Write <folder>/<machine>/<name>.json. Returns its path."""
+    path = folder / folder_name(device) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
     return path

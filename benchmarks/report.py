@@ -33,16 +33,63 @@ def where(machine: dict[str, Any]) -> str:
     return f"{device}, {machine['threads']} threads, torch {versions['torch']}"
 
 
+def _digits(value: float) -> str:
+    """No more digits than are measured."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.3g}"
+
+
 def _best(variants: dict[str, Any], names: tuple[str, ...]) -> str:
     """How much faster diffkern is than the fastest of some variants."""
     ratios = [variants[n]["diffkern is faster by"]["median"] for n in names if n in variants]
     return f"{min(ratios):.2f}" if ratios else "-"
 
 
+def on_gpu(record: dict[str, Any]) -> bool:
+    """Whether a network was timed on a GPU: every form of it then says which form of diffkern it is compared with."""
+    return "against" in record["results"]["variants"]["diffkern"]
+
+
+def gpu_summary(records: list[dict[str, Any]]) -> str:
+    """A line a network that was timed on a GPU, machine by machine."""
+    lines: list[str] = []
+    machine = ""
+    for record in filter(on_gpu, records):
+        r, v = record["results"], record["results"]["variants"]
+        if machine != (machine := where(record["machine"])):
+            lines += [
+                *([""] if lines else []),
+                f"{machine}. A call replayed from a CUDA graph, and called without one. How many times as fast as the "
+                "fastest form of each rival, all with a graph or all without; torch.compile at its best is compared "
+                "with a graph:",
+                "",
+                "| | with a graph | torch.compile | diffusers | accelerated diffusers | without | diffusers |",
+                "|---|---|---|---|---|---|---|",
+            ]
+        ms = {name: row["ms"]["median"] for name, row in v.items()}
+        graphed = {n.removesuffix(", graphed"): t for n, t in ms.items() if n.endswith(", graphed")}
+        best = graphed.get("diffkern", ms["diffkern"])
+
+        def times(rivals: list[float], ours: float) -> str:
+            return f"{min(rivals) / ours:.2f}" if rivals else "-"
+
+        lines.append(
+            f"| {r['network']}, {r['dtype']} | {best:.3g} ms | "
+            f"{times([t for n, t in ms.items() if n.startswith('torch.compile')], best)} | "
+            f"{times([graphed[n] for n in EAGER if n in graphed], best)} | "
+            f"{times([graphed[n] for n in (ACCELERATED,) if n in graphed], best)} | {ms['diffkern']:.3g} ms | "
+            f"{times([ms[n] for n in EAGER if n in ms], ms['diffkern'])} |"
+        )
+    meant = {r["results"]["network"]: r["results"]["what"] for r in filter(on_gpu, records)}
+    if not lines:
+        return ""
+    return "\n".join([*lines, "", "; ".join(f"{name}: {what}" for name, what in meant.items()) + ".", ""])
+
+
 def networks_summary(records: list[dict[str, Any]]) -> str:
     """A line a network and dtype, machine by machine."""
     lines: list[str] = []
     machine = ""
+    records = [record for record in records if not on_gpu(record)]
     for record in records:
         r, v = record["results"], record["results"]["variants"]
         if machine != (machine := where(record["machine"])):
@@ -73,7 +120,7 @@ def accelerated_summary(records: list[dict[str, Any]]) -> str:
     machine = ""
     for record in records:
         r, v = record["results"], record["results"]["variants"]
-        if ACCELERATED not in v:
+        if ACCELERATED not in v or on_gpu(record):
             continue
         if machine != (machine := where(record["machine"])):
             lines += [
@@ -111,11 +158,16 @@ def network(record: dict[str, Any]) -> str:
     for name, v in r["variants"].items():
         ms, times = v["ms"], v["diffkern is faster by"]
         lines.append(
-            f"| {name} | {ms['median']:.0f} ({ms['p20']:.0f} to {ms['p80']:.0f}) | "
+            f"| {name} | {_digits(ms['median'])} ({_digits(ms['p20'])} to {_digits(ms['p80'])}) | "
             f"{times['median']:.2f} ({times['p20']:.2f} to {times['p80']:.2f}) | {v['first call, seconds']:.1f} s | "
             f"{v['peak memory, MB']} MB | {v['max delta']:.1g} |"
         )
     lines += [f"| {name} | not timed: {reason} | | | | |" for name, reason in r["refused"].items()]
+    if on_gpu(record):
+        lines += [
+            "",
+            "Graphed forms, and max-autotune, which makes a graph itself, are compared with diffkern, graphed.",
+        ]
     shares = ", ".join(f"{kernel} {100 * share:.0f} %" for kernel, share in r["profile"].items())
     return "\n".join([*lines, "", f"Where diffkern's time goes: {shares}.", ""])
 
@@ -123,18 +175,32 @@ def network(record: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> tuple[str, dict[str, Any], str, float] | None:
     """Our backend, its figures, the fastest rival, and how much faster than that it is."""
     times = row["times"]
-    backend = next((b for b in OURS if b in times), None)
-    if backend is None:
+    # A record of a GPU says which backend the op takes, be it PyTorch's own.
+    backend = row.get("chosen") or next((b for b in OURS if b in times), None)
+    if backend not in times:
         return None
-    rival = min((n for n in times if n not in (*OURS, "copy", "matmul")), key=lambda n: times[n]["us"]["median"])
+    others = (n for n in times if n not in (*OURS, backend, "copy", "matmul"))
+    rival = min(others, key=lambda n: times[n]["us"]["median"])
     return backend, times[backend], rival, times[rival]["us"]["median"] / times[backend]["us"]["median"]
 
 
 def _floor(figures: dict[str, Any]) -> tuple[str, float, str]:
-    """The ceiling that a kernel is measured by: that of memory, or of arithmetic if it multiplies."""
+    """The ceiling that a kernel is measured by: that of memory, or of arithmetic if it multiplies; on a GPU, the longer
+    of the two times that it would take at the ceilings of the device."""
+    if "of floor" in figures:
+        rate = f"{figures['GFLOP/s'] / 1e3:.0f} TFLOP/s" if "of matmul" in figures else f"{figures['GB/s']:.0f} GB/s"
+        return rate, 100 * figures["of floor"], "of the floor"
     if "of matmul" in figures:
         return f"{figures['GFLOP/s']:.0f} GFLOP/s", 100 * figures["of matmul"], "of matmul"
     return f"{figures['GB/s']:.1f} GB/s", 100 * figures["of copy"], "of copy"
+
+
+def _ceilings(rows: list[dict[str, Any]]) -> str:
+    """What the floor of a GPU's ops is counted from."""
+    found = next((row["ceilings"] for row in rows if "ceilings" in row), None)
+    if found is None:
+        return ""
+    return f" (a copy {found['GB/s']:.0f} GB/s, read and written; a bfloat16 product {found['TFLOP/s']:.0f} TFLOP/s)"
 
 
 def _machines() -> dict[str, list[dict[str, Any]]]:
@@ -152,7 +218,12 @@ def ops_summary(machine: str, rows: list[dict[str, Any]]) -> str:
         if (found := _row(row)) is not None:
             _, figures, _, ratio = found
             groups.setdefault((row["op"], row["dtype"]), []).append((ratio, *_floor(figures)[1:]))
-    lines = [f"{machine}:", "", "| op | dtype | faster by | share of the ceiling |", "|---|---|---|---|"]
+    lines = [
+        f"{machine}{_ceilings(rows)}:",
+        "",
+        "| op | dtype | faster by | share of the ceiling |",
+        "|---|---|---|---|",
+    ]
     for (op, dtype), values in groups.items():
         faster, shares = [v[0] for v in values], [v[1] for v in values]
         lines.append(
@@ -170,6 +241,11 @@ def ops(machine: str, rows: list[dict[str, Any]]) -> str:
         "The rival is the fastest of the reference, what one would write in PyTorch with its own generator, and",
         "torch.compile of both. The ceiling is a clone of as many bytes, or for products a matmul of as many",
         "operations; convolutions by Winograd's way do fewer than are counted.",
+        *(
+            [f"On this GPU it is the floor{_ceilings(rows)}; calls are replayed from a CUDA graph."]
+            if _ceilings(rows)
+            else []
+        ),
         "",
         "| op | workload | dtype | backend | us (p20 to p80) | rate | of the ceiling | rival | faster by |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -181,7 +257,7 @@ def ops(machine: str, rows: list[dict[str, Any]]) -> str:
         us, (rate, share, _) = figures["us"], _floor(figures)
         lines.append(
             f"| {row['op']} | {row['sample']} | {row['dtype']} | {backend} | "
-            f"{us['median']:.0f} ({us['p20']:.0f} to {us['p80']:.0f}) | {rate} | {share:.0f} % | "
+            f"{_digits(us['median'])} ({_digits(us['p20'])} to {_digits(us['p80'])}) | {rate} | {share:.0f} % | "
             f"{rival} | {faster:.2f} |"
         )
     return "\n".join([*lines, ""])
@@ -215,6 +291,7 @@ def readme_with_figures() -> str:
     before, rest = text.split(BEGIN)
     networks = load("end_to_end-*")
     parts = [
+        *filter(None, [gpu_summary(networks)]),
         networks_summary(networks),
         accelerated_summary(networks),
         *(ops_summary(*item) for item in _machines().items()),

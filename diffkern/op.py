@@ -42,11 +42,17 @@ class BackendError(RuntimeError):
 
 class Sample(NamedTuple):
     """One call of an op. `name` says which edge or model the shape comes from; `args` makes the arguments. Small ones
-    test the backends; a workload is a realistic size from a named model, for the benchmarks."""
+    test the backends; a workload is a realistic size from a named model, for the benchmarks: True, or "cuda" if only a
+    GPU is timed on it."""
 
     name: str
     args: Callable[[], tuple[Any, ...]]
-    workload: bool = False
+    workload: bool | str = False
+
+
+def for_gpu(sample: Sample) -> Sample:
+    """A workload that a CPU would take too long for."""
+    return sample._replace(workload="cuda")
 
 
 class Cost(NamedTuple):

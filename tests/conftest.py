@@ -1,13 +1,25 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported. With
+one, `python -m pytest -m gpu` runs what is tested on it."""
 
 import importlib.util
 import os
 
+import pytest
 import torch
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+if torch.cuda.is_available():
+    # The error that a kernel may make is measured by PyTorch's own, which here must not round to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
+elif importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"
 
     import interpreter
 
     interpreter.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

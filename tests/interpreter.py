@@ -41,6 +41,7 @@ def install() -> None:
     """Patch the interpreter of this process."""
     _install_casts()
     _install_lint()
+    _install_loop_bounds()
     _install_single_patching()
 
 
@@ -85,6 +86,17 @@ def _install_lint() -> None:
         plain_check(self, inputs)
 
     ReduceScanOpInterface.check_tensor = check
+
+
+def _install_loop_bounds() -> None:
+    """Triton 3.6 keeps a number as an array of one, which NumPy 2.4 and later no longer takes for an index."""
+    plain_patch = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *scope: Any) -> None:
+        plain_patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch
 
 
 def _install_single_patching() -> None:

@@ -26,6 +26,7 @@ from diffkern.kernels import common
 
 KERNELS = sorted(name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks inside Triton's interpreter")
 
 
@@ -110,7 +111,7 @@ def test_fast_normals_differ_by_less_than_the_stated_bound(monkeypatch, sign):
     assert (got - expected).abs().max() < (1e-5 if sign else 2e-6)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
 def test_fast_normals_on_the_gpu():
     got, expected = _box_muller(_hard_words(), fast=True)
     assert (got - expected).abs().max() < 1e-5

@@ -17,7 +17,8 @@ def small_samples(device: str, dtype: torch.dtype):
     for op in OPS.values():
         for sample in op.make_samples(device, dtype):
             if not sample.workload:
-                yield pytest.param(op, sample, id=f"{op.name}-{sample.name}-{device}-{str(dtype)[6:]}")
+                name = f"{op.name}-{sample.name}-{device}-{str(dtype)[6:]}"
+                yield pytest.param(op, sample, id=name, marks=[pytest.mark.gpu] if device == "cuda" else [])
 
 
 CALLS = [call for device in DEVICES for dtype in DTYPES for call in small_samples(device, dtype)]

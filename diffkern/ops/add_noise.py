@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.randn import Draw, noise_keys, normal
 
 
@@ -87,6 +87,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("CIFAR training batch", (128, 3, 32, 32), "contiguous", noise=True, workload=True)
     yield sample("SDXL latents", (16, 4, 128, 128), "contiguous", noise=False, workload=True)
     yield sample("SD 1.5 VAE pictures", (16, 3, 512, 512), "contiguous", noise=False, workload=True)
+    yield for_gpu(sample("SDXL training batch", (256, 4, 128, 128), "contiguous", noise=True))
+    yield for_gpu(sample("SD 1.5 VAE pictures, 64", (64, 3, 512, 512), "contiguous", noise=False))
 
 
 @add_noise.cost

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.invariant import masked
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Backend, Cost, Sample, op
+from diffkern.op import Backend, Cost, Sample, for_gpu, op
 
 
 @op
@@ -152,6 +152,21 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("CIFAR UNet 16x16", 8, 256, 256, 1, 256, workload=True)
     yield sample("emoji UNet 8x8", 36, 64, 64, 4, 32, workload=True)
     yield sample("emoji UNet 4x4", 36, 16, 16, 6, 32, workload=True)
+    for name, batch, queries, keys, heads, dim in (
+        ("SD 1.5 64x64, 2 latents", 2, 4096, 4096, 8, 40),
+        ("SDXL 64x64", 2, 4096, 4096, 10, 64),
+        ("SDXL 64x64, text", 2, 4096, 77, 10, 64),
+        ("SDXL 32x32, 2 latents", 2, 1024, 1024, 20, 64),
+        ("SDXL 32x32, text", 2, 1024, 77, 20, 64),
+        ("DiT-XL/2 16x16, 8 pictures", 8, 256, 256, 16, 72),
+        ("DiT-XL/2 32x32, 8 pictures", 8, 1024, 1024, 16, 72),
+        ("FLUX.1 1024x1024", 1, 4608, 4608, 24, 128),
+        ("160 a head, 4096 tokens", 2, 4096, 4096, 8, 160),
+        ("64 a head, 16384 tokens", 1, 16384, 16384, 2, 64),
+        ("CIFAR UNet 16x16, 64 pictures", 64, 256, 256, 1, 256),
+        ("SDXL VAE 128x128", 1, 16384, 16384, 1, 512),
+    ):
+        yield for_gpu(sample(name, batch, queries, keys, heads, dim, packed=dim < 256))
 
 
 @attention.cost

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffkern import winograd
 from diffkern.invariant import apart
 from diffkern.layout import accumulate, fast_dtype, memory_format
-from diffkern.op import Backend, Cost, Sample, op
+from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.ops.linear import ACTIVATIONS, activate
 from diffkern.packing import compute_dtype, packed
 
@@ -291,6 +291,25 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("CIFAR UNet up 8x8", (8, 256, 8, 8), 256, upsample=True, workload=True)
     yield sample("CIFAR UNet shortcut 8x8", (8, 512, 8, 8), 256, 1, workload=True)
     yield sample("SD 1.5 VAE up 64x64", (1, 512, 64, 64), 512, upsample=True, workload=True)
+    for name, shape, n, extras in (
+        ("SD 1.5 UNet 64x64", (2, 320, 64, 64), 320, "bias add"),
+        ("SD 1.5 UNet 32x32", (2, 640, 32, 32), 640, "bias residual"),
+        ("SD 1.5 UNet 16x16", (2, 1280, 16, 16), 1280, "bias residual"),
+        ("SD 1.5 UNet 8x8", (2, 1280, 8, 8), 1280, "bias residual"),
+        ("SD 1.5 UNet 64x64, skip", (2, 960, 64, 64), 320, "bias add"),
+        ("SD 1.5 UNet 16x16, skip", (2, 2560, 16, 16), 1280, "bias add"),
+        ("SDXL UNet 128x128", (2, 320, 128, 128), 320, "bias residual"),
+        ("SDXL UNet 64x64", (2, 640, 64, 64), 640, "bias residual"),
+        ("SDXL UNet 32x32", (2, 1280, 32, 32), 1280, "bias residual"),
+        ("CIFAR UNet 32x32, 1 picture", (1, 128, 32, 32), 128, "bias residual"),
+        ("CIFAR UNet 32x32, 64 pictures", (64, 128, 32, 32), 128, "bias residual"),
+        ("SD 1.5 VAE 64x64", (1, 512, 64, 64), 512, "bias residual"),
+        ("SD 1.5 VAE 256x256", (1, 512, 256, 256), 512, "bias residual"),
+        ("SD 1.5 VAE 512x512", (1, 256, 512, 512), 256, "bias residual"),
+        ("SDXL VAE 1024x1024", (1, 128, 1024, 1024), 128, "bias residual"),
+    ):
+        yield for_gpu(sample(name, shape, n, extras=extras))
+    yield for_gpu(sample("SD 1.5 UNet up 32x32", (2, 640, 32, 32), 640, upsample=True))
 
 
 @conv2d.cost

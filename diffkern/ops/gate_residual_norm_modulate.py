@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern.layout import accumulate
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.layer_norm_modulate import (
     SHAPES,
     WORKLOADS,
@@ -133,6 +133,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for name, shape in WORKLOADS:
         yield sample(name, shape, workload=True)
     yield sample("affine", (2, 6, 40), affine=True)
+    yield for_gpu(sample("DiT-XL/2 256x256, 32 pictures", (32, 256, 1152)))
+    yield for_gpu(sample("FLUX.1 1024x1024, 4 pictures", (4, 4608, 3072)))
 
 
 @gate_residual_norm_modulate.cost

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format, per_channel
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.group_norm_silu_backward import group_norm_silu_backward
 
 
@@ -176,6 +176,19 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(f"SD 1.5 UNet 64x64, {layout}", (2, 320, 64, 64), 32, layout, workload=True)
         yield sample(f"SD 1.5 UNet 64x64, skip, {layout}", (2, 320, 64, 64), 32, layout, skip=320, workload=True)
         yield sample(f"SD 1.5 VAE 256x256, {layout}", (1, 256, 256, 256), 32, layout, workload=True)
+    for name, shape, skip in (
+        ("SD 1.5 UNet 32x32", (2, 640, 32, 32), 0),
+        ("SD 1.5 UNet 8x8", (2, 1280, 8, 8), 0),
+        ("SDXL UNet 128x128", (2, 320, 128, 128), 0),
+        ("SDXL UNet 128x128, skip", (2, 640, 128, 128), 320),
+        ("SDXL UNet 64x64", (2, 640, 64, 64), 0),
+        ("SDXL UNet 32x32", (2, 1280, 32, 32), 0),
+        ("CIFAR UNet 32x32, 64 pictures", (64, 128, 32, 32), 0),
+        ("SD 1.5 VAE 64x64", (1, 512, 64, 64), 0),
+        ("SD 1.5 VAE 512x512", (1, 256, 512, 512), 0),
+        ("SDXL VAE 1024x1024", (1, 128, 1024, 1024), 0),
+    ):
+        yield for_gpu(sample(f"{name}, channels_last", shape, 32, "channels_last", skip=skip))
 
 
 @group_norm_silu.cost

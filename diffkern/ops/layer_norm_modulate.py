@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.layer_norm_modulate_backward import layer_norm_modulate_backward
 
 
@@ -181,6 +181,9 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for name, shape in WORKLOADS:
         yield sample(name, shape, modulated=True, affine=False, workload=True)
     yield sample("everything", (2, 6, 40), modulated=True, affine=True)
+    yield for_gpu(sample("DiT-XL/2 256x256, 32 pictures", (32, 256, 1152), modulated=True, affine=False))
+    yield for_gpu(sample("SDXL UNet 64x64", (2, 4096, 640), modulated=False, affine=True))
+    yield for_gpu(sample("FLUX.1 1024x1024, 4 pictures", (4, 4608, 3072), modulated=True, affine=False))
 
 
 @layer_norm_modulate.cost

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.invariant import apart, rows
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Backend, Cost, Sample, op
+from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.packing import compute_dtype, packed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -236,6 +236,17 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("SD 1.5 GEGLU 32x32", (2, 1024, 640), 2560, "geglu", workload=True)
     yield sample("CIFAR UNet attention 16x16", (8, 256, 256), 256, extras="bias residual", workload=True)
     yield sample("emoji UNet time embedding", (36, 128), 512, "silu", workload=True)
+    for name, shape, n, activation, extras in (
+        ("SD 1.5 64x64 projection", (2, 4096, 320), 320, "none", "bias residual"),
+        ("SD 1.5 64x64 GEGLU", (2, 4096, 320), 1280, "geglu", "bias"),
+        ("SDXL 32x32 projection", (2, 1024, 1280), 1280, "none", "bias residual"),
+        ("SDXL 32x32 GEGLU", (2, 1024, 1280), 5120, "geglu", "bias"),
+        ("SDXL 32x32 MLP out", (2, 1024, 5120), 1280, "none", "bias residual"),
+        ("DiT-XL/2 MLP in", (8, 256, 1152), 4608, "gelu_tanh", "bias"),
+        ("DiT-XL/2 MLP out", (8, 256, 4608), 1152, "none", "bias residual gate"),
+        ("FLUX.1 MLP in", (1, 4608, 3072), 12288, "gelu_tanh", "bias"),
+    ):
+        yield for_gpu(sample(name, shape, n, activation, extras))
 
 
 @linear.cost

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.invariant import apart, rows
 from diffkern.layout import accumulate, fast_dtype
-from diffkern.op import Backend, Cost, Sample, op
+from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.ops.linear import multiply, pack
 from diffkern.packing import compute_dtype, packed
 
@@ -136,6 +136,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("no token", (2, 0, 8), 4, bias=False)
     yield sample("DiT-S/2 256x256", (4, 256, 384), 384, workload=True)
     yield sample("SD 1.5 attention 32x32", (2, 1024, 640), 640, bias=False, workload=True)
+    yield for_gpu(sample("DiT-XL/2 256x256, 8 pictures", (8, 256, 1152), 1152))
+    yield for_gpu(sample("SDXL attention 64x64", (2, 4096, 640), 640, bias=False))
 
 
 @query_key_value.cost

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffkern.layout import fast_dtype
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 
 _WORD = 0xFFFFFFFF
 
@@ -127,6 +127,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("beyond 2^31 elements", 2, [41], draw=int(Draw.PROBE), offset=(1 << 33) + 3)
     yield sample("SDXL latents", 16, [4, 128, 128], workload=True)
     yield sample("SD 1.5 VAE pictures", 16, [3, 512, 512], workload=True)
+    yield for_gpu(sample("SD 1.5 VAE pictures, 64", 64, [3, 512, 512]))
 
 
 @randn.cost

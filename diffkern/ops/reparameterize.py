@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.randn import Draw, noise_keys, normal, randn
 
 
@@ -84,6 +84,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(name, shape, layout)
     yield sample("SD 1.5 VAE latents", (16, 4, 64, 64), "contiguous", workload=True)
     yield sample("SDXL VAE latents", (16, 4, 128, 128), "contiguous", workload=True)
+    yield for_gpu(sample("SDXL VAE latents, 256", (256, 4, 128, 128), "contiguous"))
 
 
 @reparameterize.cost

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, why_not_in_cuda, why_not_on_gpu
 
 
@@ -78,6 +78,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for name, shape in WORKLOADS:
         yield sample(name, shape, workload=True)
     yield sample("heads", (2, 3, 4, 64))
+    yield for_gpu(sample("FLUX.1 1024x1024, 4 pictures", (4, 4608, 3072)))
 
 
 @rms_norm.cost

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample
-from diffkern.op import Cost, Sample, op
+from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.randn import noise_keys, normal
 
 TERMS = ("x", "m", "x0", "h0", "h1", "h2", "base")
@@ -158,6 +158,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(f"all but result {flag}", (3, 3, 5, 5), narrow=True, results=15 - flag)
     yield sample("SD 1.5, DDIM", (8, 4, 64, 64), noisy=False, base=False, history=(), workload=True)
     yield sample("SDXL, DPM-Solver++ 2M SDE", (8, 4, 128, 128), base=False, history=(0,), workload=True)
+    for name, noisy, past in (("DDIM", False, ()), ("DPM-Solver++ 2M SDE", True, (0,))):
+        yield for_gpu(sample(f"SDXL, 128 samples, {name}", (128, 4, 128, 128), noisy=noisy, base=False, history=past))
 
 
 @sampler_step.cost

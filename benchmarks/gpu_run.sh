@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under nine minutes, offline: is it right, then how fast is it.
+#
+#   benchmarks/gpu_run.sh [--out DIR] [--archive FILE.tar.gz] [--keep-going] [--dry] [PART ...]
+#
+# Parts, in this order, by default all: build (the CUDA library), tests (`pytest -m gpu`), sanitize (compute-sanitizer on
+# the CUDA kernels), ops, networks (the benchmarks). Each has a time limit and can run alone. The first part that fails
+# ends the run: no wrong kernel is timed. Records go to DIR/<gpu>/, by default benchmarks/results; what each part printed
+# to DIR/logs/. --archive packs DIR up at the end, also of a run that failed. --dry: tiny, on a CPU, without sanitizers.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+repository=$PWD
+out=$repository/benchmarks/results archive="" keep_going="" device=cuda parts=()
+while (($#)); do
+    case $1 in
+        --out) mkdir -p "$2" && out=$(cd "$2" && pwd) && shift ;;
+        --archive) archive=$2 && shift ;;
+        --keep-going) keep_going=1 ;;
+        --dry) device=cpu ;;
+        build | tests | sanitize | ops | networks) parts+=("$1") ;;
+        *) sed -n '2,10s/^# \{0,1\}//p' "$repository/benchmarks/gpu_run.sh" && exit 2 ;;
+    esac
+    shift
+done
+((${#parts[@]})) || parts=(build tests sanitize ops networks)
+mkdir -p "$out/logs"
+scratch=$(mktemp -d)
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
+cores=$(nproc)
+
+finish() {
+    [[ -z $archive ]] || tar -czf "$archive" -C "$out" .
+    rm -rf "$scratch"
+}
+trap finish EXIT
+
+# A checkout that is not installed: the package as it would be, made of links.
+if ! (cd / && python3 -c "import diffkern.kernels") 2>/dev/null; then
+    mkdir -p "$scratch/site/diffkern"
+    ln -s "$repository"/diffkern/* "$repository/kernels" "$repository/csrc" "$scratch/site/diffkern/"
+    export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+build() {
+    python3 - "$device" <<'PYTHON'
+import sys
+from diffkern import doctor, native
+doctor.main()
+missing = {name: native.why_not(name) for name in ("cpu", "cuda")}
+print(missing)
+sys.exit(any(missing.values()) if sys.argv[1] == "cuda" else 0)
+PYTHON
+}
+
+tests() { # -P: not the checkout's own folder, which is no whole package
+    local which=(-m gpu -n "$((cores < 12 ? cores : 12))" --dist worksteal)
+    [[ $device == cuda ]] || which=(tests/test_benchmarks.py)
+    TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark --maxfail=100 "${which[@]}"
+}
+
+sanitize() {
+    if [[ $device != cuda ]]; then
+        TRITON_INTERPRET=1 python3 tests/gpu_sanitize.py --device cpu --backend triton --op randn
+        return
+    fi
+    local tool failed=0 pids=()
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 1 \
+            python3 tests/gpu_sanitize.py >"$out/logs/$tool.txt" 2>&1 &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+    tail -n 4 "$out"/logs/{memcheck,racecheck}.txt
+    return $failed
+}
+
+ops() { # one thread each: the compilers of all processes share the cores
+    local which=(--processes "$((cores < 12 ? cores : 12))" --seconds 140)
+    [[ $device == cuda ]] || which=(--tiny --no-compile --rounds 2 --op randn --op linear)
+    TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 python3 benchmarks/bench_ops.py \
+        --device "$device" --out "$out" "${which[@]}"
+}
+
+networks() {
+    local left=$((515 - elapsed))
+    local which=(--processes "$((cores < 14 ? cores : 14))" --seconds "$((left < 215 ? left : 215))")
+    [[ $device == cuda ]] || which=(--tiny --networks vae-512 --variants "diffkern;diffusers" --rounds 1)
+    TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=2 python3 benchmarks/bench_end_to_end.py \
+        --device "$device" --out "$out" "${which[@]}"
+}
+
+declare -A limit=([build]=60 [tests]=120 [sanitize]=60 [ops]=160 [networks]=230)
+failed=()
+export repository out device cores
+export -f build tests sanitize ops networks
+for part in "${parts[@]}"; do
+    echo "== $part, at most ${limit[$part]} s"
+    start=$SECONDS
+    export elapsed=$SECONDS
+    timeout --kill-after=5 "${limit[$part]}" bash -c "$part" 2>&1 | tee "$out/logs/$part.txt"
+    code=${PIPESTATUS[0]}
+    echo "== $part: $( ((code)) && echo "FAILED with $code" || echo passed) in $((SECONDS - start)) s"
+    if ((code)); then
+        failed+=("$part")
+        [[ $keep_going || $part == ops || $part == networks ]] || break
+    fi
+done
+if ((${#failed[@]})); then
+    echo "FAILED: ${failed[*]}. What follows the first of them was not run, or is not to be trusted."
+    exit 1
+fi
+echo "all passed: ${parts[*]}, $SECONDS s. Records are in $out"
