@@ -99,7 +99,7 @@ def candidates(dim: int, queries: int, keys: int, size: int, masked: bool, arch:
                             yield Cut(block, wide, parts, 0, warps, stages)
                     for blocks in (2, 4, 8) if d1 <= 128 and wide >= keys else ():
                         if (blocks - 1) * block < queries:
-                            yield Cut(block, wide, 1, blocks, warps, 2)
+                            yield Cut(block, wide, 1, blocks, warps, 3)  # with 2 a block is not loaded ahead
 
 
 def tuning(
