@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from diffkern.kernels import configs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -113,6 +114,7 @@ def compile_job(job: int) -> dict[str, Any]:
     return {
         "kernel": launch.kernel.__name__,
         "label": f"{label}, sm_{arch}",
+        "arch": arch,
         "workload": not label.endswith("bfloat16"),
         "constexprs": launch.constexprs,
         "threads": 32 * built.metadata.num_warps,
@@ -121,6 +123,7 @@ def compile_job(job: int) -> dict[str, Any]:
         **{name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)},
         "instructions": len(code),
         "wide_loads": sum(re.match(r"LDG(STS)?\.E\b.*\.128\b", op) is not None for op in code),
+        "wgmma": sum("GMMA" in op for op in code),
         "wide_stores": sum(op.startswith("STG.E.128") for op in code),
         "spills": [op for op in code if op.startswith(("LDL", "STL"))],
         "doubles": [op for op in code if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]
@@ -133,12 +136,15 @@ def _tool(name: str, *args: str) -> str:
 
 
 def main(archs: list[int]) -> None:
-    # The first architecture gets every launch, the others one of each kernel.
-    for name in (name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends)):
-        others: dict[str, str] = {}
-        for label, launch in launches(name).items():
-            first = others.setdefault(launch.kernel.__name__, label) == label
-            _jobs.extend((label, launch, arch) for arch in archs if arch == archs[0] or first)
+    # The first architecture gets every launch, the others one of each kernel. Tables of shapes are by architecture.
+    for arch in archs:
+        configs.architecture = lambda device, arch=arch: arch
+        for name in (name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends)):
+            others: dict[str, str] = {}
+            for label, launch in launches(name).items():
+                first = others.setdefault(launch.kernel.__name__, label) == label
+                if arch == archs[0] or first:
+                    _jobs.append((label, launch, arch))
     # Forked, because a kernel does not pickle.
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         print(json.dumps(list(pool.map(compile_job, range(len(_jobs))))))

@@ -174,3 +174,36 @@ def test_what_is_not_finite_stays_in_its_head(which, value, dtype):
         torch.testing.assert_close(out, expected, rtol=rtol, atol=atol, equal_nan=True)
         assert out[0].isfinite().all()
         assert out[1, :, :8].isfinite().all()
+
+
+@pytest.mark.skipif(availability("triton") is not None, reason="needs Triton")
+@pytest.mark.parametrize(
+    "shape",  # queries, keys, parts, blocks of queries: several blocks of keys, one, and keys that stay
+    [(64, 32, 1, 0), (16, 32, 1, 0), (128, 128, 1, 0), (64, 32, 2, 0), (16, 128, 1, 2), (32, 128, 1, 8)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_launch_shapes_of_large_gpus(shape, dtype, monkeypatch):
+    """Every way that the Triton kernels cut the work, chosen by a table or not, on this machine."""
+    from diffkern.kernels import configs
+
+    asked = []
+
+    def choose(kernel, key):
+        asked.append(key)
+        return dict(zip(("QUERIES", "KEYS", "PARTS", "BLOCKS"), shape, strict=True)) | {"num_warps": 8, "num_stages": 2}
+
+    monkeypatch.setattr(configs, "architecture", lambda device: 90)
+    op = diffkern.op.OPS["attention"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with configs.trying(choose):
+        for sample in op.make_samples(device, dtype):
+            args = sample.args()
+            fits = not shape[3] or args[1].shape[1] <= shape[1]
+            if not sample.workload and args[0].shape[-1] <= 160 and fits:
+                check(op, "triton", args)
+        for scale in (-0.7, 0.0):
+            mask = make((2, 1, 21, 39), device, dtype, seed=3) > 0
+            for given in (None, mask):
+                check(op, "triton", (*(t.to(device) for t in qkv(2, 21, 39, 2, 24, dtype)), scale, given))
+    assert "bytes 2, dim 80, queries 128, keys 128, masked 1" in asked

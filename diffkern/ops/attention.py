@@ -65,25 +65,43 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None)
     return torch.ops.diffkern_C.attention(*_rows(q, k, v), factor, _everywhere(mask, q, k))
 
 
-@attention.gradient
-@attention.backend("torch", devices=("cpu", "cuda"), supports=_supports, strided=True)
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    """PyTorch's own: what trains, and what runs where it is faster than the kernels here."""
-    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
+def _defers_to_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> str | None:
+    """PyTorch has three kernels to choose from, cuDNN's first: what the table of launch shapes says of a call decides.
+    What is not in it goes to PyTorch."""
+    from diffkern.kernels.attention import measured
+
+    found = measured(q, k.shape[1], mask is not None)
+    if found is None:
+        return "PyTorch's own runs where nothing was measured"
+    if found.us < found.torch_us:
+        return None
+    return f"PyTorch's own was as fast: {found.torch_us:g} us where this took {found.us:g}"
 
 
-# Not yet timed on a GPU: until a record says where it is faster, it comes last and runs only when it is asked for.
-@attention.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+@attention.backend("triton", devices=("cuda",), supports=_supports, strided=True, defers=_defers_to_torch)
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
     from diffkern.kernels.attention import attention as kernel
 
     return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale, _everywhere(mask, q, k))
 
 
+@attention.gradient
+@attention.backend("torch", devices=("cpu", "cuda"), supports=_supports, strided=True)
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    """PyTorch's own: what trains, and what runs where it is faster than the kernels here."""
+    if q.is_cuda and not (q.numel() and k.numel()):  # cuDNN returns no tensor
+        return q.masked_fill(q.new_ones((), dtype=torch.bool), 0).flatten(2)
+    query, key, value = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    if mask is not None and mask.is_cuda:  # cuDNN averages the values of keys that do not count, if none does
+        hidden = ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else mask.isneginf().all(-1, keepdim=True)
+        out = out.masked_fill(hidden, 0)
+    return out.transpose(1, 2).flatten(2).contiguous()  # a head that had to be padded leaves gaps
+
+
 @attention.batch_invariant
 def _(run: Backend, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    if run.name == "cpu":  # our own kernel
+    if run.name in ("cpu", "triton"):  # our own kernels
         return run(q, k, v, scale, mask)
     return masked(lambda q, k, v, mask: run(q, k, v, scale, mask), q, k, v, mask)
 

@@ -1,0 +1,99 @@
+"""The tables of launch shapes: what is looked up, what is chosen by them, and that those that are here are whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffkern.kernels
+import pytest
+import torch
+from diffkern.kernels import configs
+
+from diffkern.op import OPS, availability
+from diffkern.testing import make
+
+needs_triton = pytest.mark.skipif(availability("triton") is not None, reason="needs Triton")
+TABLES = sorted(Path(diffkern.kernels.__path__[0], "configs").glob("*.json"))
+SHAPE = {"QUERIES": 64, "KEYS": 64, "PARTS": 1, "BLOCKS": 0, "num_warps": 4, "num_stages": 2}
+
+
+def test_a_bucket_ends_at_a_power_of_two():
+    found = {length: configs.bucket(length) for length in (1, 16, 17, 64, 77, 256, 257, 4096, 4097, 1 << 20)}
+    assert found == {
+        1: 16, 16: 16, 17: 32, 64: 64, 77: 128, 256: 256, 257: 512, 4096: 4096, 4097: 4096, 1 << 20: 4096,
+    }  # fmt: skip
+
+
+def test_an_entry_is_found_by_architecture_kernel_and_facts(monkeypatch):
+    tables = {90: {"attention": {"dim 40, keys 128": {"shape": SHAPE, "us": 1.5, "torch_us": 2}}}}
+    monkeypatch.setattr(configs, "_table", lambda arch: tables.get(arch, {}))
+    key = configs.key(dim=40, keys=128)
+    assert configs.tuned("attention", key, 90) == configs.Tuned(SHAPE, 1.5, 2)
+    assert configs.tuned("attention", key, 80) is None
+    assert configs.tuned("conv2d", key, 90) is None
+    assert configs.tuned("attention", configs.key(dim=48, keys=128), 90) is None
+
+
+def test_a_shape_is_on_trial_only_inside_the_block():
+    key = "dim 40"
+    with configs.trying(lambda kernel, key: SHAPE if kernel == "attention" else None):
+        assert configs.on_trial("attention", lambda: key) == SHAPE
+        assert configs.on_trial("conv2d", lambda: key) is None
+    assert configs.on_trial("attention", lambda: key) is None
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("times", "chosen"), [((9.0, 10.0), True), ((10.0, 10.0), False), ((10.0, 9.0), False), (None, False)]
+)
+def test_attention_is_left_to_pytorch_unless_it_was_measured_as_faster(times, chosen, monkeypatch):
+    from diffkern.kernels import attention as kernels
+
+    key = "bytes 2, dim 40, queries 128, keys 128, masked 0"
+    entry = times and {"shape": SHAPE, "us": times[0], "torch_us": times[1]}
+    monkeypatch.setattr(configs, "_table", lambda arch: {"attention": {key: entry}} if entry else {})
+    q, k, v = (make((1, n, 2, 40), "cpu", torch.float16) for n in (100, 77, 77))
+    triton = next(b for b in OPS["attention"].backends if b.name == "triton")
+    kernels._found.cache_clear()
+    try:
+        reason = triton.why_defer((q, k, v, None, None))
+        assert (reason is None) is chosen
+        assert triton.why_defer((q.float(), k.float(), v.float(), None, None)) is not None, "another size of number"
+        assert triton.why_defer((q[:, :10], k, v, None, None)) is not None, "another length"
+    finally:
+        kernels._found.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_table_is_whole(path):
+    from diffkern.kernels.attention import Cut
+
+    table = json.loads(path.read_text("utf-8"))
+    assert table["gpu"]
+    assert table["versions"]["triton"]
+    for key, entry in table["kernels"].get("attention", {}).items():
+        found = configs.Tuned(**entry)
+        cut = Cut(**found.shape)
+        assert found.us > 0 < found.torch_us
+        keys = int(key.split("keys ")[1].split(",")[0])
+        assert not cut.BLOCKS or keys <= cut.KEYS, "keys that stay fit into one block"
+
+
+@needs_triton
+@pytest.mark.parametrize("dim", [8, 32, 40, 64, 72, 80, 96, 128, 160, 256, 512])
+@pytest.mark.parametrize("keys", [1, 16, 64, 77, 256, 1000, 4096])
+def test_every_candidate_fits(dim, keys):
+    from diffkern.kernels.attention import candidates, tiles
+
+    d1, d2 = tiles(dim)
+    assert d1 + d2 >= dim
+    for arch in (80, 86, 90, 100):
+        for queries in (1, 64, 256, 4096):
+            found = list(candidates(dim, queries, keys, 2, False, arch))
+            assert len(found) == len(set(found))
+            assert found or configs.shared_memory(arch) < 227 * 1024
+            for cut in found:
+                assert d1 % cut.PARTS == 0
+                assert not cut.BLOCKS or keys <= cut.KEYS
