@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,35 @@ def dense(args: tuple[object, ...]) -> tuple[object, ...]:
         a.contiguous(memory_format=layout if a.dim() == 4 else torch.contiguous_format) if isinstance(a, Tensor) else a
         for a in args
     )
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that differ in their first size only, one below the other: a view, if that is how they lie in memory
+    (`lay_side_by_side`), else None."""
+    first, rows = parts[0], 0
+    memory, start = first.untyped_storage()._cdata, first.storage_offset()
+    for part in parts:
+        if part.untyped_storage()._cdata != memory or part.storage_offset() != start:
+            return None
+        if not part.is_contiguous() or part.shape[1:] != first.shape[1:]:
+            return None
+        start, rows = start + part.numel(), rows + part.shape[0]
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors that differ in their first size only, one below the other, without a copy where that is how they lie."""
+    whole = side_by_side(parts)
+    return torch.cat(list(parts)) if whole is None else whole
+
+
+@torch.no_grad()
+def lay_side_by_side(parts: Sequence[Tensor]) -> None:
+    """Move parameters into one piece of memory, one below the other. They stay what they are; a change of one in place
+    is seen in the whole."""
+    whole = torch.cat([part.detach() for part in parts])
+    for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = place
 
 
 def fast_dtype(dtype: torch.dtype) -> bool | str:

@@ -1,91 +1,266 @@
-"""Convolution as a product of matrices that nobody builds, and what follows it: bias, time embedding, SiLU, residual.
+"""Convolution with what follows it: bias, time embedding, SiLU, residual; or with nearest-neighbour upsampling in
+front. The library's, without a bias, and one pass behind it; or a kernel.
 
-A row of the product is a pixel of the result, of any sample, and its sum runs over the kernel's taps and the channels
-below each: a tap reads the pixels of a tile shifted, zero outside the picture, and from an upsampled picture every
-pixel twice in each direction. The tile depends on the layer alone, so that a sample's result does not depend on its
-batch.
+In the kernel, a product of matrices that nobody builds, a row is a pixel of the result, and its sum runs over the
+kernel's taps and the channels below each: a tap reads the pixels of a tile shifted, zeros outside the picture. Where
+there are too few tiles for the chip, several programs share the sums of one, and a second pass adds theirs in a fixed
+order.
 """
 
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import on_device
-from .linear import cut_of, silu, vector
+from .epilogue import epilogue, silu, vector
+from .linear import linear
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "top", "left"])
+class Cut(NamedTuple):
+    """A program's tile of the result, pixels and channels, its step along the sums, and the number of programs that
+    share the sums of a tile; compile-time."""
+
+    ROWS: int
+    COLUMNS: int
+    DEPTH: int
+    num_warps: int
+    num_stages: int
+    SPLITS: int = 1
+
+
+# What is worth trying.
+CUTS = (
+    Cut(128, 128, 64, 8, 4),
+    Cut(128, 64, 64, 4, 4),
+    Cut(64, 128, 64, 4, 4),
+    Cut(128, 128, 64, 8, 4, 2),
+    Cut(128, 128, 64, 8, 4, 4),
+    Cut(128, 128, 64, 8, 4, 12),
+)
+
+
+@triton.jit(do_not_specialize=["batch", "top", "left"])
 def _conv2d(
-    x_ptr, weight_ptr, bias, add, residual, y_ptr, batch, height, width, top, left,
-    x_sample, x_channel, x_row, x_pixel, y_sample, y_channel, y_pixel, y_width, pixels, n, channels,
-    TAPS: tl.constexpr, TAPS_X: tl.constexpr, STRIDE: tl.constexpr, UPSAMPLE: tl.constexpr, SILU: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, weight, bias, add, residual, y_ptr, batch, height, width, n, channels, top, left,
+    TAPS: tl.constexpr, TAPS_X: tl.constexpr, QUARTERS: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
+    BATCH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """height and width of what is convolved, upsampled or not; weight: [N, taps, C]; pixels of a sample's result."""
+    """x, weight: descriptors of [B, H, W, C] and [N, taps, C]. height and width of the result; with QUARTERS, where a
+    program makes every second pixel of every second row, of the small picture. With SPLITS y_ptr is float32 [SPLITS, B,
+    H, W, N]."""
+    ROWS: tl.constexpr = BATCH * HEIGHT * WIDTH
     blocks = tl.cdiv(n, COLUMNS)
-    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
-    pixel = (first % pixels).to(tl.int32) + tl.arange(0, ROWS)  # behind the last of a sample: of the next
-    sample = first // pixels + pixel // pixels
-    pixel = pixel % pixels
-    in_rows = sample < batch
-    h = pixel // y_width * STRIDE - top
-    w = pixel % y_width * STRIDE - left
-    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    in_columns = (column < n)[None, :]
-    depth = tl.arange(0, DEPTH)
+    across = tl.cdiv(width, WIDTH)
+    down = tl.cdiv(height, HEIGHT)
+    place = tl.program_id(0) // blocks
+    first_column = tl.program_id(0) % blocks * COLUMNS
+    first_w = place % across * WIDTH
+    first_h = place // across % down * HEIGHT
+    first_sample = place // across // down * BATCH
+    quarter = tl.program_id(1)
+    if QUARTERS:  # what a pixel of the doubled picture sees begins one pixel further up, or not
+        top = 1 - quarter // 2
+        left = 1 - quarter % 2
 
-    x_ptr += depth.to(tl.int64)[None, :] * x_channel
-    x_pixels = sample * x_sample
-    w_at = weight_ptr + column.to(tl.int64)[None, :] * (TAPS * channels) + depth[:, None]
     steps = tl.cdiv(channels, DEPTH)
+    each = tl.cdiv(TAPS * steps, SPLITS)
+    begin = tl.program_id(2) * each
     y = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(0, TAPS * steps):
+    for i in range(begin, tl.minimum(begin + each, TAPS * steps)):
         tap = i // steps
         start = i % steps * DEPTH
-        at_h = h + tap // TAPS_X
-        at_w = w + tap % TAPS_X
-        in_picture = in_rows & (at_h >= 0) & (at_h < height) & (at_w >= 0) & (at_w < width)
-        if UPSAMPLE:
-            at_h = at_h // 2
-            at_w = at_w // 2
-        there = depth < channels - start
-        x_at = x_pixels + at_h.to(tl.int64) * x_row + at_w.to(tl.int64) * x_pixel
-        x_at = x_ptr + tl.cast(start, tl.int64) * x_channel + x_at[:, None]
-        x = tl.load(x_at, in_picture[:, None] & there[None, :], other=0.0)
-        weight = tl.load(w_at + (tap * channels + start), in_columns & there[:, None], other=0.0)
-        y = tl.dot(x, weight, y, input_precision="ieee")
+        at = [first_sample, first_h + tap // TAPS_X - top, first_w + tap % TAPS_X - left, start]
+        pixels = x.load(at).reshape(ROWS, DEPTH)  # zeros outside the picture, and behind the last channel
+        w = weight.load([quarter * n + first_column, tap, start]).reshape(COLUMNS, DEPTH)
+        y = tl.dot(pixels, w.T, y)
 
-    if bias is not None:
-        y += vector(bias, column, n)
-    inside = in_rows[:, None] & in_columns
-    if add is not None:
-        y += tl.load(add + sample[:, None] * n + column[None, :], inside, other=0.0).to(tl.float32)
-    if SILU:
-        y = silu(y)
-    at = sample * y_sample + pixel.to(tl.int64) * y_pixel
-    at = at[:, None] + column.to(tl.int64)[None, :] * y_channel
-    if residual is not None:
-        y += tl.load(residual + at, inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+    row = tl.arange(0, ROWS)
+    w_at = first_w + row % WIDTH
+    h_at = first_h + row // WIDTH % HEIGHT
+    sample = (first_sample + row // (WIDTH * HEIGHT)).to(tl.int64)
+    inside = (sample < batch) & (h_at < height) & (w_at < width)
+    if QUARTERS:
+        pixel = (sample * height + h_at) * 2 + quarter // 2
+        pixel = (pixel * width + w_at) * 2 + quarter % 2
+    else:
+        pixel = (sample * height + h_at) * width + w_at
+    column = first_column + tl.arange(0, COLUMNS)
+    inside = inside[:, None] & (column < n)[None, :]
+    at = pixel[:, None] * n + column[None, :]
+    if SPLITS > 1:
+        whole = tl.cast(batch * height * width, tl.int64) * (n * (4 if QUARTERS else 1))
+        tl.store(y_ptr + tl.program_id(2) * whole + at, y, inside)
+    else:
+        if bias is not None:
+            y += vector(bias, column, n)
+        if add is not None:
+            y += tl.load(add + sample[:, None] * n + column[None, :], inside, other=0.0).to(tl.float32)
+        if SILU:
+            y = silu(y)
+        if residual is not None:
+            y += tl.load(residual + at, inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _pair(a, b, c, HALF: tl.constexpr, SECOND: tl.constexpr):
+    """The sum of the kernel's taps, of three, that see the first or second of the two pixels of a small picture that
+    the first or second half of a doubled pixel sees."""
+    if HALF:
+        return c if SECOND else a + b
+    else:
+        return b + c if SECOND else a
+
+
+@triton.jit
+def _quarters(weight, out, size, channels, BLOCK: tl.constexpr):
+    """weight: [N, 3, 3, C]; out: [4, N, 2, 2, C]; size: N C."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    n = (i // channels).to(tl.int64)
+    at = weight + n * (9 * channels) + i % channels
+    to = out + n * (4 * channels) + i % channels
+    w00 = tl.load(at, inside).to(tl.float32)
+    w01 = tl.load(at + channels, inside).to(tl.float32)
+    w02 = tl.load(at + 2 * channels, inside).to(tl.float32)
+    w10 = tl.load(at + 3 * channels, inside).to(tl.float32)
+    w11 = tl.load(at + 4 * channels, inside).to(tl.float32)
+    w12 = tl.load(at + 5 * channels, inside).to(tl.float32)
+    w20 = tl.load(at + 6 * channels, inside).to(tl.float32)
+    w21 = tl.load(at + 7 * channels, inside).to(tl.float32)
+    w22 = tl.load(at + 8 * channels, inside).to(tl.float32)
+    whole = tl.cast(size, tl.int64) * 4
+    for quarter in tl.static_range(4):
+        for tap in tl.static_range(4):
+            left = _pair(w00, w10, w20, quarter // 2, tap // 2)
+            middle = _pair(w01, w11, w21, quarter // 2, tap // 2)
+            right = _pair(w02, w12, w22, quarter // 2, tap // 2)
+            y = _pair(left, middle, right, quarter % 2, tap % 2)
+            tl.store(to + quarter * whole + tap * channels, y.to(out.dtype.element_ty), inside)
+
+
+def quarters_of(weight: Tensor) -> Tensor:
+    """[N, C, 3, 3] -> [4 N, C, 2, 2], channels_last both: see diffkern/ops/conv2d.py. In each call, for a copy that is
+    kept could not tell on a GPU, without waiting for it, whether its weight has changed."""
+    n, channels = weight.shape[:2]
+    out = torch.empty(
+        4 * n, channels, 2, 2, device=weight.device, dtype=weight.dtype, memory_format=torch.channels_last
+    )
+    block = 1024
+    with on_device(weight):
+        _quarters[(triton.cdiv(n * channels, block),)](weight, out, n * channels, channels, BLOCK=block)
+    return out
+
+
+def why_not(x: Tensor, weight: Tensor, stride: int, sides: tuple[int, int, int, int], upsample: bool) -> str | None:
+    """The reason that the kernel cannot take a convolution, or None. It fetches tiles of pixels by descriptor."""
+    if x.dtype == torch.float32:
+        return "full precision has no tensor cores"
+    if x.is_contiguous():
+        return "takes channels_last"
+    if stride != 1 or (upsample and (tuple(weight.shape[2:]) != (3, 3) or sides != (1, 1, 1, 1))):
+        return "takes a stride of 1, and doubles pictures for 3 x 3 taps with a zero on each side"
+    if x.shape[1] % 8 or x.storage_offset() * x.element_size() % 16:
+        return "takes pixels of multiples of 16 bytes"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return "needs the tensor memory accelerator of sm_90"
+    return None
+
+
+def chosen(x: Tensor, weight: Tensor, upsample: bool) -> Cut | None:
+    """The kernel's cut for a convolution that it can take, or None where the library's comes first. No kernel of ours
+    has been timed against it on a GPU yet."""
+    return None
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, corner: tuple[int, int], add: Tensor | None,
-    residual: Tensor | None, activation: str, upsample: bool, out: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: tuple[int, int, int, int], add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
 ) -> Tensor:  # fmt: skip
-    """activation(conv2d(x) + bias + add) + residual into `out`, contiguous or channels_last, and residual as out is.
-    x: any strides; weight: channels_last; corner: the zeros above and on the left of x."""
-    if out.numel():
-        batch, n, y_height, y_width = out.shape
-        channels, taps_y, taps_x = weight.shape[1:]
-        height, width = (side * 2 if upsample else side for side in x.shape[2:])
-        pixels = y_height * y_width
-        y_strides = (n * pixels, pixels, 1) if out.is_contiguous() else (n * pixels, 1, n)
-        cut = cut_of(n, channels, x.element_size(), large=False)  # addresses of pixels take what sums would
-        with on_device(x):
-            _conv2d[(triton.cdiv(batch * pixels, cut.ROWS) * triton.cdiv(n, cut.COLUMNS),)](
-                x, weight, bias, add, residual, out, batch, height, width, *corner, *x.stride(), *y_strides, y_width,
-                pixels, n, channels, TAPS=taps_y * taps_x, TAPS_X=taps_x, STRIDE=stride, UPSAMPLE=upsample,
-                SILU=activation == "silu", **cut._asdict(), enable_fp_fusion=True,
-            )  # fmt: skip
-    return out
+    """activation(conv2d(x) + bias + add) + residual. sides: the zeros on the left, right, top and bottom of x. x,
+    residual: contiguous or channels_last, which the result is too. None is empty."""
+    cut = chosen(x, weight, upsample)
+    if cut is None or why_not(x, weight, stride, sides, upsample):
+        return _by_library(x, weight, bias, stride, sides, add, residual, activation, upsample)
+    return fused(x, weight, bias, sides, add, residual, activation, upsample, cut)
+
+
+def _by_library(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: tuple[int, int, int, int], add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> Tensor:  # fmt: skip
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    last, kernel = layout is torch.channels_last, tuple(weight.shape[2:])
+    if last and kernel == (1, 1) and stride == 1 and not any(sides) and not upsample and add is None:
+        around = None if residual is None else residual.permute(0, 2, 3, 1)
+        return linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias, activation, around, None).permute(0, 3, 1, 2)
+    if last and kernel == (3, 3) and stride == 1 and sides == (1, 1, 1, 1) and upsample:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        four = F.conv2d(x, quarters_of(weight), None, padding=1).contiguous(memory_format=layout)
+        batch, n, height, width = four.shape
+        size = (batch, 2 * height - 2, 2 * width - 2, n // 4)
+        y = torch.empty(size, device=x.device, dtype=x.dtype)
+        around = None if residual is None else residual.permute(0, 2, 3, 1)
+        epilogue(four.permute(0, 2, 3, 1), bias, add, activation, None, around, y, quarters=True)
+        return y.permute(0, 3, 1, 2)
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
+    left, right, top, bottom = sides
+    if left != right or top != bottom:
+        x, left, top = F.pad(x, sides), 0, 0
+    y = F.conv2d(x, weight, None, stride, (top, left)).contiguous(memory_format=layout)
+    if bias is None and add is None and residual is None and activation == "none":
+        return y
+    rows, around = y.permute(0, 2, 3, 1) if last else y, residual
+    around = around.permute(0, 2, 3, 1) if last and around is not None else around
+    epilogue(rows, bias, add, activation, None, around, rows, pixels_first=last)
+    return y
+
+
+def _descriptor(x: Tensor, shape: list[int], block: list[int]) -> TensorDescriptor:
+    """Of a dense tensor, in the order of its memory. Its own strides say nothing about sides of 1."""
+    strides = [1]
+    for side in shape[:0:-1]:
+        strides.insert(0, strides[0] * side)
+    return TensorDescriptor(x, shape, strides, block)
+
+
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, int, int, int], add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool, cut: Cut,
+) -> Tensor:  # fmt: skip
+    """`conv2d` in one kernel, of stride 1; x channels_last, C a multiple of 8. upsample: of 3 x 3 taps with zeros on
+    each side."""
+    left, right, top, bottom = sides
+    batch, n, (channels, taps_y, taps_x) = len(x), len(weight), weight.shape[1:]
+    height, width = x.shape[2] + top + bottom - taps_y + 1, x.shape[3] + left + right - taps_x + 1
+    if upsample:
+        weight, taps_y, taps_x = quarters_of(weight), 2, 2
+    size = (batch, 2 * height, 2 * width, n) if upsample else (batch, height, width, n)
+    y = torch.empty(size, device=x.device, dtype=x.dtype)
+    columns, depth = (min(most, triton.next_power_of_2(s)) for most, s in ((cut.COLUMNS, n), (cut.DEPTH, channels)))
+    columns, depth = max(16, columns), max(16, depth)
+    wide = min(16, triton.next_power_of_2(width))
+    tall = min(cut.ROWS // wide, triton.next_power_of_2(height))
+    many = cut.ROWS // (wide * tall)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    taps = taps_y * taps_x
+    source = _descriptor(x, [batch, *x.shape[2:], channels], [many, tall, wide, depth])
+    matrix = _descriptor(weight, [len(weight), taps, channels], [columns, 1, depth])
+    part = y if cut.SPLITS == 1 else torch.empty(cut.SPLITS, *size, device=x.device)
+    places = triton.cdiv(batch, many) * triton.cdiv(height, tall) * triton.cdiv(width, wide)
+    around = None if residual is None else residual.permute(0, 2, 3, 1)
+    with on_device(x):
+        _conv2d[(places * triton.cdiv(n, columns), 4 if upsample else 1, cut.SPLITS)](
+            source, matrix, bias, add, around, part, batch, height, width, n, channels, top, left, TAPS=taps,
+            TAPS_X=taps_x, QUARTERS=upsample, SILU=activation == "silu", SPLITS=cut.SPLITS, BATCH=many, HEIGHT=tall,
+            WIDTH=wide, COLUMNS=columns, DEPTH=depth, num_warps=cut.num_warps, num_stages=cut.num_stages,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    if cut.SPLITS > 1:
+        epilogue(part[0], bias, add, activation, None, around, y, splits=cut.SPLITS)
+    return y.permute(0, 3, 1, 2)

@@ -1,111 +1,107 @@
-"""The linear layer with what follows it in one kernel: activation, gate and residual see the sums before memory does.
+"""The linear layer with what follows it: the library's product and one pass behind it, or one kernel, where activation,
+gate and residual see the sums before memory does.
 
-A program makes one tile of the result. Its size depends on the layer alone and its sums run from the first feature to
-the last, so that a row's result depends on no other row. GEGLU and SwiGLU keep two tiles of sums, of the value and of
-what gates it: their weight's rows n and N + n.
+In the kernel a program makes one tile of the result. Its size depends on the layer alone and its sums run from the
+first feature to the last, so that a row's result depends on no other row. GEGLU and SwiGLU keep two tiles of sums, of
+the value and of what gates it: their weight's rows n and N + n.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import on_device
+from .epilogue import activate, epilogue, vector
+
+_GATED = ("geglu", "swiglu")
+_GROUP = tl.constexpr(8)  # tiles of rows whose programs run side by side: what they read of the weight is in the cache
 
 
 class Cut(NamedTuple):
-    """A program's tile of the result and its step along the sums; compile-time. All fit into 99 KB of shared memory,
-    what a multiprocessor has at least."""
+    """A program's tile of the result and its step along the sums; compile-time. TMA: tiles are fetched by descriptor,
+    by one thread: from sm_90 on, where rows are multiples of 16 bytes."""
 
     ROWS: int
     COLUMNS: int
     DEPTH: int
     num_warps: int
     num_stages: int
+    TMA: bool = False
 
 
-def cut_of(n: int, k: int, size: int, accumulators: int = 1, large: bool = True) -> Cut:
-    """For n columns, sums over k numbers of `size` bytes, and so many tiles of sums; large tiles only if `large`."""
-    wide = k % 16 == 0  # what Triton knows of k; else numbers come one by one, and addresses fill registers
-    if size == 4:  # no tensor cores in full precision: products in registers, which small tiles leave room for
-        rows, most, depth, warps = 64, 64, 16, 8
-    elif n >= 1024 and n % 16 == 0 and wide and large:
-        rows, most, depth, warps = 128, 128, 64, 8
-    else:  # enough programs for the chip also where the layer is narrow
-        rows, most, depth, warps = 64, 64, 64 if wide else 32, 4 if wide else 8
-    columns = max(16, min(most // accumulators, triton.next_power_of_2(n)))
-    return Cut(rows, columns, max(16, min(depth, triton.next_power_of_2(k))), warps, 3)
+# What is worth trying, at most `accumulators` times as wide as it may be. The first fits into 99 KB of shared memory,
+# what a multiprocessor has at least.
+CUTS = (
+    Cut(64, 64, 64, 4, 3),
+    Cut(64, 128, 64, 4, 4, True),
+    Cut(128, 128, 64, 8, 4, True),
+    Cut(128, 256, 64, 8, 3, True),
+)
 
 
-@triton.jit
-def silu(y):
-    return y * tl.sigmoid(y)
-
-
-@triton.jit
-def _gelu(y):
-    return 0.5 * y * (1 + tl.math.erf(y * 0.7071067811865476))
-
-
-@triton.jit
-def _activate(y, g, ACTIVATION: tl.constexpr):
-    """g: the second half of the features where there is one."""
-    if ACTIVATION == "silu":
-        return silu(y)
-    elif ACTIVATION == "gelu":
-        return _gelu(y)
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    elif ACTIVATION == "geglu":
-        return y * _gelu(g)
-    elif ACTIVATION == "swiglu":
-        return y * silu(g)
-    else:
-        return y
-
-
-@triton.jit
-def vector(ptr, column, n):
-    """A row of n numbers, to be broadcast over rows."""
-    return tl.load(ptr + column, column < n, other=0.0).to(tl.float32)[None, :]
+def fit(cut: Cut, n: int, k: int, activation: str, reads: bool) -> Cut:
+    """A cut no larger than the layer, half as wide for two tiles of sums, and with room in registers where the end
+    reads a tile of numbers (`reads`)."""
+    columns = cut.COLUMNS // (2 if activation in _GATED else 1)
+    columns = max(16, min(columns, 128 if reads else 256, triton.next_power_of_2(n)))
+    depth = max(16, min(cut.DEPTH, triton.next_power_of_2(k)))
+    if k % 16:  # numbers come one by one, and addresses fill registers
+        return Cut(min(cut.ROWS, 64), min(columns, 64), min(depth, 32), 8, min(cut.num_stages, 3))
+    return cut._replace(COLUMNS=columns, DEPTH=depth)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def _linear(
     x_ptr, weight_ptr, bias, residual, gate, y_ptr, rows, tokens, n, k,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     TWO: tl.constexpr = ACTIVATION == "geglu" or ACTIVATION == "swiglu"
     blocks = tl.cdiv(n, COLUMNS)
-    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    in_group = _GROUP * blocks
+    top = tl.program_id(0) // in_group * _GROUP
+    height = tl.minimum(tl.cdiv(rows, ROWS) - top, _GROUP)
+    place = tl.program_id(0) % in_group
+    first = (top + place % height).to(tl.int64) * ROWS
+    left = place // height * COLUMNS
     row = tl.arange(0, ROWS)
-    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    column = left + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     in_rows = (row < rows - first)[:, None]
     in_columns = (column < n)[None, :]
 
-    x_at = x_ptr + first * k + row[:, None] * k + depth[None, :]
-    w_at = weight_ptr + column.to(tl.int64)[None, :] * k + depth[:, None]
-    half = tl.cast(n, tl.int64) * k  # from a value's row of the weight to its gate's
     y = tl.zeros([ROWS, COLUMNS], tl.float32)
     g = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, k, DEPTH):
-        there = depth < k - start
-        x = tl.load(x_at, in_rows & there[None, :], other=0.0)
-        w_there = in_columns & there[:, None]
-        y = tl.dot(x, tl.load(w_at, w_there, other=0.0), y, input_precision="ieee")
-        if TWO:
-            g = tl.dot(x, tl.load(w_at + half, w_there, other=0.0), g, input_precision="ieee")
-        x_at += DEPTH
-        w_at += DEPTH
+    if TMA:
+        at_row = first.to(tl.int32)
+        for start in range(0, k, DEPTH):
+            x = x_ptr.load([at_row, start])
+            y = tl.dot(x, weight_ptr.load([left, start]).T, y)
+            if TWO:
+                g = tl.dot(x, weight_ptr.load([n + left, start]).T, g)
+    else:
+        x_at = x_ptr + first * k + row[:, None] * k + depth[None, :]
+        w_at = weight_ptr + column.to(tl.int64)[None, :] * k + depth[:, None]
+        half = tl.cast(n, tl.int64) * k  # from a value's row of the weight to its gate's
+        for start in range(0, k, DEPTH):
+            there = depth < k - start
+            x = tl.load(x_at, in_rows & there[None, :], other=0.0)
+            w_there = in_columns & there[:, None]
+            y = tl.dot(x, tl.load(w_at, w_there, other=0.0), y)
+            if TWO:
+                g = tl.dot(x, tl.load(w_at + half, w_there, other=0.0), g)
+            x_at += DEPTH
+            w_at += DEPTH
 
     if bias is not None:
         y += vector(bias, column, n)
         if TWO:
             g += vector(bias + n, column, n)
-    y = _activate(y, g, ACTIVATION)
+    y = activate(y, g, ACTIVATION)
     inside = in_rows & in_columns
     if gate is not None:
         sample = first // tokens + ((first % tokens).to(tl.int32) + row) // tokens
@@ -116,19 +112,59 @@ def _linear(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
+def chosen(x: Tensor, weight: Tensor, activation: str, follows: bool) -> Cut | None:
+    """The kernel's cut for a layer, or None where the library's product comes first. follows: whether a pass would. No
+    kernel of ours has been timed against it on a GPU yet."""
+    return None
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> Tensor:
-    """activation(x weight^T + bias) * gate + residual. All contiguous; x: [B, ..., K], gate: [B, N]."""
-    accumulators = 2 if activation in ("geglu", "swiglu") else 1
-    n, k = weight.shape[0] // accumulators, weight.shape[1]
+    """activation(x weight^T + bias) * gate + residual. x: [B, ..., K], gate: [B, N]. All but weight contiguous."""
+    cut = chosen(x, weight, activation, activation != "none" or residual is not None or gate is not None)
+    if cut is None or x.dtype == torch.float32:  # for which there are no tensor cores
+        return _by_library(x, weight, bias, activation, residual, gate)
+    return fused(x, weight, bias, activation, residual, gate, cut)
+
+
+def _by_library(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    if activation == "gelu_tanh" and bias is not None and x.is_cuda:  # cuBLAS has that of GELU's forms, with a bias
+        y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        y, activation = y.view(*x.shape[:-1], -1), "none"
+    else:
+        y = F.linear(x, weight, bias)
+    if activation == "none" and residual is None and gate is None:
+        return y
+    out = (
+        y if activation not in _GATED else torch.empty(*x.shape[:-1], len(weight) // 2, device=x.device, dtype=x.dtype)
+    )
+    return epilogue(y, None, None, activation, gate, residual, out)
+
+
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None,
+    cut: Cut,
+) -> Tensor:  # fmt: skip
+    """`linear` in one kernel."""
+    k, n = weight.shape[1], len(weight) // (2 if activation in _GATED else 1)
     y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
     if y.numel():
         rows = y.numel() // n
-        cut = cut_of(n, k, x.element_size(), accumulators)
+        weight = weight.contiguous()
+        aligned = not any(t.storage_offset() * t.element_size() % 16 for t in (x, weight))
+        cut = fit(
+            cut if aligned else cut._replace(TMA=False), n, k, activation, residual is not None or gate is not None
+        )
+        source, matrix = x, weight
+        if cut.TMA:
+            source = TensorDescriptor.from_tensor(x.flatten(0, -2), [cut.ROWS, cut.DEPTH])
+            matrix = TensorDescriptor.from_tensor(weight, [cut.COLUMNS, cut.DEPTH])
         with on_device(x):
             _linear[(triton.cdiv(rows, cut.ROWS) * triton.cdiv(n, cut.COLUMNS),)](
-                x, weight, bias, residual, gate, y, rows, rows // x.shape[0], n, k, ACTIVATION=activation,
+                source, matrix, bias, residual, gate, y, rows, rows // x.shape[0], n, k, ACTIVATION=activation,
                 **cut._asdict(), enable_fp_fusion=True,
             )  # fmt: skip
     return y

@@ -8,6 +8,7 @@ It runs in a process of its own: Triton decides at import whether kernels are in
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import json
 import multiprocessing
 import re
@@ -25,12 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffkern.op import OPS, use_backend
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
              torch.bool: "*i1"}  # fmt: skip
+_PRODUCTS = ("linear", "conv2d")  # whose kernel is one of several ways, with a choice of tiles
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _jobs: list[tuple[str, Launch, int]] = []
 
@@ -43,6 +46,10 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     attrs: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, Any]
+
+    def uses_tma(self) -> bool:
+        """Whether it takes a tensor by descriptor. sm_80 has no such hardware, and launchers do not ask it."""
+        return any(kind.startswith("tensordesc") for kind in self.signature.values())
 
     def source(self) -> ASTSource:
         return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
@@ -60,6 +67,8 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any])
             launch.constexprs["FAST"] = True  # the tensors that stand in here are on the CPU
         elif param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
             launch.constexprs[param.name] = value
+        elif isinstance(value, TensorDescriptor):
+            launch.signature[param.name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, Tensor):
             launch.signature[param.name] = _POINTERS[value.dtype]
             launch.attrs[(i,)] = [["tt.divisibility", 16]]
@@ -89,13 +98,20 @@ def launches(name: str) -> dict[str, Launch]:
 
     JITFunction.run = record
     run = next(b for b in OPS[name].backends if b.name == "triton")
-    for workload, dtypes in ((True, (torch.float16, torch.float32)), (False, (torch.bfloat16,))):
-        for dtype in dtypes:
-            for sample in OPS[name].make_samples("cpu", dtype):  # type: ignore[misc]
-                label = f"{sample.name}, {str(dtype)[6:]}"
-                if sample.workload == workload:
-                    with FakeTensorMode(), use_backend("triton"):
-                        run(*sample.args())
+    kernels: Any = importlib.import_module(f"diffkern.kernels.{name}") if name in _PRODUCTS else None
+    # What is chosen; then every other cut that could be, where only the tile differs: of one, all variants.
+    cuts = list(getattr(kernels, "CUTS", ()))
+    for cut in (None, *cuts):
+        if cut is not None:
+            kernels.chosen = lambda *_, cut=cut: cut
+        for workload, dtypes in ((True, (torch.float16, torch.float32)), (False, (torch.bfloat16,))):
+            for dtype in dtypes if workload or cut in (None, *cuts[:1]) else ():
+                for sample in OPS[name].make_samples("cpu", dtype):  # type: ignore[misc]
+                    tile = "" if cut is None else f"{'-'.join(map(str, cut))}, "
+                    label = f"{tile}{sample.name}, {str(dtype)[6:]}"
+                    if sample.workload == workload:
+                        with FakeTensorMode(), use_backend("triton"):
+                            run(*sample.args())
     return found
 
 
@@ -122,8 +138,10 @@ def compile_job(job: int) -> dict[str, Any]:
         "scratch": built.metadata.global_scratch_size,
         **{name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)},
         "instructions": len(code),
+        "tma": sum(op.startswith("UTMALDG") for op in code),
+        "tensor_cores": sum(op.startswith(("HGMMA", "HMMA", "UTCHMMA")) for op in code),
+        "wgmma": sum(op.startswith("HGMMA") for op in code),
         "wide_loads": sum(re.match(r"LDG(STS)?\.E\b.*\.128\b", op) is not None for op in code),
-        "wgmma": sum("GMMA" in op for op in code),
         "wide_stores": sum(op.startswith("STG.E.128") for op in code),
         "spills": [op for op in code if op.startswith(("LDL", "STL"))],
         "doubles": [op for op in code if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]
@@ -143,7 +161,8 @@ def main(archs: list[int]) -> None:
             others: dict[str, str] = {}
             for label, launch in launches(name).items():
                 first = others.setdefault(launch.kernel.__name__, label) == label
-                if arch == archs[0] or first:
+                runs = arch >= 90 or not launch.uses_tma()
+                if runs and (arch == archs[0] or first):
                     _jobs.append((label, launch, arch))
     # Forked, because a kernel does not pickle.
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from one_sample import alone
 from torch import Tensor
 
+import diffkern
 from diffkern.layout import is_dense
 from diffkern.op import OPS, Sample, availability, use_backend
 from diffkern.ops.randn import Draw, noise_keys, normal, philox
@@ -140,14 +142,16 @@ def test_an_offset_continues_the_stream():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_sample_alone_equals_itself_in_a_batch(name):
+    by_library = name in ("linear", "conv2d")  # whose products promise it only if they are asked
     for sample in small(name, torch.float16):
         args = sample.args()
         batch = next(len(a) for a in args if isinstance(a, Tensor))
         if batch < 2 or sample.name == "no pixel":
             continue
-        together = run(name, *args)
         i = batch - 1
-        for whole, part in zip(together, run(name, *alone(OPS[name], args, i)), strict=True):
+        with diffkern.batch_invariant() if by_library else contextlib.nullcontext():
+            together, parts = run(name, *args), run(name, *alone(OPS[name], args, i))
+        for whole, part in zip(together, parts, strict=True):
             if whole.numel():
                 expected = whole[[i]] if len(part) == 1 else whole[[i, batch + i]]
                 assert torch.equal(part, expected), f"{sample.name}: differs from sample {i} of the batch"
@@ -219,6 +223,33 @@ def test_no_kernel_touches_memory_around_its_tensors(name, monkeypatch):
     for buffer, n in guarded:
         edges = torch.cat([buffer[:guard], buffer[guard + n :]]).view(torch.uint8)
         assert (edges == 0xFF).all(), f"wrote outside a tensor of {n} elements"
+
+
+# Every cut of the products, chosen or not
+
+
+def _cuts(name: str) -> list[Any]:
+    return list(importlib.import_module(f"diffkern.kernels.{name}").CUTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [pytest.param(n, c, id=f"{n}-{'-'.join(map(str, c))}") for n in ("linear", "conv2d") for c in _cuts(n)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_cut_agrees_with_the_oracle(name, cut, dtype, monkeypatch):
+    module, taken = importlib.import_module(f"diffkern.kernels.{name}"), []
+    plain = module.fused
+
+    def fused(*args: Any) -> Tensor:
+        taken.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(module, "chosen", lambda *_: cut)
+    monkeypatch.setattr(module, "fused", fused)
+    for sample in small(name, dtype):
+        check(OPS[name], "triton", sample.args())
+    assert taken
 
 
 # Sizes that take special paths

@@ -3,12 +3,13 @@ that its weights load as they are; channels_last from end to end."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkern.layout import lay_side_by_side
 from diffkern.ops.attention import attention
 from diffkern.ops.conv2d import conv2d
 from diffkern.ops.group_norm_silu import group_norm_silu
@@ -88,17 +89,17 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """x: [B, C1, H, W]. skip: [B, C2, H, W], joined to it, or None; C1 + C2 = in_channels. time: what time_emb_proj
-        makes of the embedding after SiLU: [B, out_channels], twice as wide with scale_shift, or None. Returns
-        [B, out_channels, H, W]."""
-        h = convolve(self.conv1, norm_silu(self.norm1, x, skip=skip))
-        if time is None:
-            h = norm_silu(self.norm2, h)
-        elif self.scale_shift:
+        """x: [B, C1, H, W]. skip: [B, C2, H, W], joined to it, or None; C1 + C2 = in_channels. time: what
+        time_emb_proj makes of the embedding after SiLU: [B, out_channels], twice as wide with scale_shift, else with
+        conv1's bias added; or None. Returns [B, out_channels, H, W]."""
+        h = norm_silu(self.norm1, x, skip=skip)
+        if self.scale_shift and time is not None:
             scale, shift = time.chunk(2, dim=1)
-            h = norm_silu(self.norm2, h, scale=scale, shift=shift)
+            h = norm_silu(self.norm2, convolve(self.conv1, h), scale=scale, shift=shift)
         else:
-            h = norm_silu(self.norm2, h, add=time)
+            # The bias is added where the norm reads: on a GPU a pass over the picture less.
+            add = cast(Tensor, self.conv1.bias).expand(len(x), -1) if time is None else time
+            h = norm_silu(self.norm2, conv2d(h, self.conv1.weight), add=add)
         h = convolve(self.conv2, F.dropout(h, self.dropout, self.training), self._shortcut(x, skip))
         return h / self.output_scale if self.output_scale != 1 else h
 
@@ -137,6 +138,17 @@ class TokenAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k, self.to_v = (nn.Linear(context_dim or dim, dim, bias=bias) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Also what `to` does. On a GPU the three weights that have one input lie side by side from then on: one
+        product takes them as they are."""
+        super()._apply(fn, recurse)
+        layers = (self.to_q, self.to_k, self.to_v)
+        if self.to_q.weight.is_cuda and self.to_q.weight.shape == self.to_k.weight.shape:
+            lay_side_by_side([layer.weight for layer in layers])
+            if self.to_q.bias is not None:
+                lay_side_by_side([layer.bias for layer in layers])
+        return self
 
     def context(self, x: Tensor, mask: Tensor | None = None) -> Context:
         """The keys and values of tokens [R, T, C]."""

@@ -243,7 +243,7 @@ class DiT(nn.Module):
         with torch.device("meta"):
             model = cls(DiTConfig.from_dict(config))
         folder.read_weights(model, path, dtype, device)
-        return model.eval()
+        return folder.lay_out(model, device).eval()
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write the folder that `from_folder`, and diffusers, read."""

@@ -104,8 +104,8 @@ def read_weights(model: nn.Module, path: str | Path, dtype: torch.dtype, device:
 
 
 def lay_out(model: Model, device: torch.device | str) -> Model:
-    """Make the weights of convolutions channels_last, but on a CPU, where kernels pack them from either layout: a copy
-    would take their memory once more."""
+    """Lay out the weights as kernels read them: those of convolutions channels_last. Not on a CPU, where kernels pack
+    them from either layout: a copy would take their memory once more."""
     if torch.device(device).type != "cpu":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

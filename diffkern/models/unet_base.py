@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkern.layout import joined, lay_side_by_side, side_by_side
 from diffkern.models import folder
 from diffkern.models.blocks import (
     Downsample,
@@ -229,10 +230,30 @@ class UNet(nn.Module):
         return emb
 
     def rows(self, embedding: Tensor) -> Tensor:
-        """What the residual blocks add, or scale and shift by, given an embedding [B, time_dim]: side by side in the
-        order of the blocks, [B, sum of their widths]."""
+        """What the residual blocks add, their first bias included, or scale and shift by, given an embedding
+        [B, time_dim]: side by side in the order of the blocks, [B, sum of their widths]."""
         emb = F.silu(embedding)  # every block applies it first: once is enough
-        return torch.cat([block.time_emb_proj(emb) for block in resnet_blocks(self)], dim=1)
+        weights, bias = [b.time_emb_proj.weight for b in resnet_blocks(self)], joined(self._biases("time_emb_proj"))
+        if self.config.resnet_time_scale_shift != "scale_shift":
+            bias = bias + joined(self._biases("conv1"))
+        whole = side_by_side(weights)
+        if whole is not None:
+            return F.linear(emb, whole, bias)
+        biases = bias.split(self.time_widths)
+        return torch.cat([F.linear(emb, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
+
+    def _biases(self, name: str) -> list[Tensor]:
+        return [getattr(block, name).bias for block in resnet_blocks(self)]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Also what `to` does. On a GPU the blocks' layers of the time embedding lie side by side from then on: one
+        product in place of one a block."""
+        super()._apply(fn, recurse)
+        if self.conv_in.weight.is_cuda:
+            lay_side_by_side([block.time_emb_proj.weight for block in resnet_blocks(self)])
+            lay_side_by_side(self._biases("time_emb_proj"))
+            lay_side_by_side(self._biases("conv1"))
+        return self
 
     def through(
         self,

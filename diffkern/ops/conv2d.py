@@ -193,6 +193,25 @@ def quarters_of(weight: Tensor) -> Tensor:
     return torch.cat([quarter for half in pairs(weight.to(accumulate(weight.dtype)), 2) for quarter in pairs(half, 3)])
 
 
+# cuDNN's convolution without a bias, which PyTorch would add in a pass of its own, and one pass for all that follows.
+@conv2d.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> Tensor:  # fmt: skip
+    from diffkern.kernels.conv2d import conv2d as kernel
+
+    _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    if not x.numel() or not weight.numel():
+        return compose(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    layout = memory_format(x)
+    bias, add = (None if t is None else t.contiguous() for t in (bias, add))
+    residual = None if residual is None else residual.contiguous(memory_format=layout)
+    x = x.contiguous(memory_format=layout)
+    y = kernel(x, weight, bias, stride, _sides(padding, weight), add, residual, activation, upsample)
+    return y.contiguous(memory_format=layout)
+
+
 @conv2d.gradient
 @conv2d.backend("torch", devices=("cpu", "cuda"), strided=True)
 def compose(
@@ -202,23 +221,6 @@ def compose(
     """PyTorch's kernels in the tensors' own dtype: the reference's float32 copies would cost more than they give."""
     y = _convolve(x, weight, bias, stride, padding, add, residual, activation, upsample)
     return y.contiguous(memory_format=memory_format(x))
-
-
-# Not yet timed on a GPU: until a record says where it is faster, it comes last and runs only when it is asked for.
-@conv2d.backend("triton", devices=("cuda",), supports=_supports, strided=True)
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
-    residual: Tensor | None, activation: str, upsample: bool,
-) -> Tensor:  # fmt: skip
-    from diffkern.kernels.conv2d import conv2d as kernel
-
-    shape = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
-    out = torch.empty(*shape, device=x.device, dtype=x.dtype, memory_format=memory_format(x))
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    bias, add = (None if t is None else t.contiguous() for t in (bias, add))
-    residual = None if residual is None else residual.contiguous(memory_format=memory_format(x))
-    left, _, top, _ = _sides(padding, weight)
-    return kernel(x, weight, bias, stride, (top, left), add, residual, activation, upsample, out)
 
 
 @conv2d.batch_invariant
