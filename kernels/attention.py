@@ -97,9 +97,12 @@ def candidates(dim: int, queries: int, keys: int, size: int, masked: bool, arch:
                         stored = (d1 + d2) * (block + stages * wide) + (d1 // parts + d2) * stages * wide
                         if size * stored <= configs.shared_memory(arch):
                             yield Cut(block, wide, parts, 0, warps, stages)
-                    for blocks in (2, 4, 8) if d1 <= 128 and wide >= keys else ():
-                        if (blocks - 1) * block < queries:
-                            yield Cut(block, wide, 1, blocks, warps, 3)  # with 2 a block is not loaded ahead
+                    # Keys that stay: 3 stages, as with 2 no block is loaded ahead; what is stored passes through.
+                    stored = (d1 + d2) * (3 * block + 2 * wide) + d1 * block
+                    if d1 <= 128 and wide >= keys and size * stored <= configs.shared_memory(arch):
+                        for blocks in (2, 4, 8):
+                            if (blocks - 1) * block < queries:
+                                yield Cut(block, wide, 1, blocks, warps, 3)
 
 
 def tuning(
