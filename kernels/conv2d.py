@@ -1,5 +1,5 @@
 """Convolution with what follows it: bias, time embedding, SiLU, residual; or with nearest-neighbour upsampling in
-front. The library's, without a bias, and one pass behind it; or a kernel.
+front. The library's, without a bias, and one pass behind it; or, where a table says that it is faster, one kernel.
 
 In the kernel, a product of matrices that nobody builds, a row is a pixel of the result, and its sum runs over the
 kernel's taps and the channels below each: a tap reads the pixels of a tile shifted, zeros outside the picture. Where
@@ -7,6 +7,7 @@ there are too few tiles for the chip, several programs share the sums of one, an
 order.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import configs
 from .common import on_device
 from .epilogue import epilogue, silu, vector
 from .linear import linear
@@ -157,7 +159,7 @@ def quarters_of(weight: Tensor) -> Tensor:
     return out
 
 
-def why_not(x: Tensor, weight: Tensor, stride: int, sides: tuple[int, int, int, int], upsample: bool) -> str | None:
+def why_not(x: Tensor, weight: Tensor, stride: int, sides: tuple[int, ...], upsample: bool) -> str | None:
     """The reason that the kernel cannot take a convolution, or None. It fetches tiles of pixels by descriptor."""
     if x.dtype == torch.float32:
         return "full precision has no tensor cores"
@@ -167,15 +169,37 @@ def why_not(x: Tensor, weight: Tensor, stride: int, sides: tuple[int, int, int, 
         return "takes a stride of 1, and doubles pictures for 3 x 3 taps with a zero on each side"
     if x.shape[1] % 8 or x.storage_offset() * x.element_size() % 16:
         return "takes pixels of multiples of 16 bytes"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+    if x.is_cuda and configs.architecture(x.device) < 90:
         return "needs the tensor memory accelerator of sm_90"
     return None
 
 
-def chosen(x: Tensor, weight: Tensor, upsample: bool) -> Cut | None:
-    """The kernel's cut for a convolution that it can take, or None where the library's comes first. No kernel of ours
-    has been timed against it on a GPU yet."""
-    return None
+def facts(size: int, pixels: int, n: int, channels: int, taps: int, upsample: bool) -> str:
+    """What a table tells convolutions apart by: bytes of a number, pixels of a picture, results, channels and taps."""
+    pixels = 1 << (pixels - 1).bit_length()
+    return configs.key(bytes=size, pixels=pixels, n=n, channels=channels, taps=taps, upsample=int(upsample))
+
+
+def _call(x: Tensor, weight: Tensor, upsample: bool) -> tuple[int, int, int, int, int, bool]:
+    n, channels, *kernel = weight.shape
+    return x.element_size(), x.shape[2] * x.shape[3], n, channels, kernel[0] * kernel[1], upsample
+
+
+def tuning(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool, arch: int,
+) -> tuple[str, list[configs.Shape]]:  # fmt: skip
+    """For the op's arguments: the entry of the table that is theirs, and the shapes to try for it. The empty one is the
+    library's convolution."""
+    sides = (1, 1, 1, 1) if padding is None else tuple(padding) * (4 // len(padding))
+    cuts = [] if arch < 90 or why_not(x, weight, stride, sides, upsample) else [cut._asdict() for cut in CUTS]
+    return facts(*_call(x, weight, upsample)), [{}, *cuts]
+
+
+@functools.cache
+def _found(call: tuple[int, int, int, int, int, bool], arch: int) -> configs.Shape:
+    entry = configs.tuned("conv2d", facts(*call), arch)
+    return {} if entry is None else entry.shape
 
 
 def conv2d(
@@ -184,10 +208,12 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """activation(conv2d(x) + bias + add) + residual. sides: the zeros on the left, right, top and bottom of x. x,
     residual: contiguous or channels_last, which the result is too. None is empty."""
-    cut = chosen(x, weight, upsample)
-    if cut is None or why_not(x, weight, stride, sides, upsample):
+    call = _call(x, weight, upsample)
+    shape = configs.on_trial("conv2d", lambda: facts(*call))
+    shape = _found(call, configs.architecture(x.device)) if shape is None else shape
+    if not shape or why_not(x, weight, stride, sides, upsample):
         return _by_library(x, weight, bias, stride, sides, add, residual, activation, upsample)
-    return fused(x, weight, bias, sides, add, residual, activation, upsample, cut)
+    return fused(x, weight, bias, sides, add, residual, activation, upsample, Cut(**shape))
 
 
 def _by_library(

@@ -1,11 +1,12 @@
-"""The linear layer with what follows it: the library's product and one pass behind it, or one kernel, where activation,
-gate and residual see the sums before memory does.
+"""The linear layer with what follows it: the library's product and one pass behind it; or, where a table says that it
+is faster, one kernel, in which activation, gate and residual see the sums before memory does.
 
 In the kernel a program makes one tile of the result. Its size depends on the layer alone and its sums run from the
 first feature to the last, so that a row's result depends on no other row. GEGLU and SwiGLU keep two tiles of sums, of
 the value and of what gates it: their weight's rows n and N + n.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import configs
 from .common import on_device
 from .epilogue import activate, epilogue, vector
 
@@ -31,16 +33,16 @@ class Cut(NamedTuple):
     DEPTH: int
     num_warps: int
     num_stages: int
-    TMA: bool = False
+    TMA: int = 0
 
 
 # What is worth trying, at most `accumulators` times as wide as it may be. The first fits into 99 KB of shared memory,
 # what a multiprocessor has at least.
 CUTS = (
     Cut(64, 64, 64, 4, 3),
-    Cut(64, 128, 64, 4, 4, True),
-    Cut(128, 128, 64, 8, 4, True),
-    Cut(128, 256, 64, 8, 3, True),
+    Cut(64, 128, 64, 4, 4, 1),
+    Cut(128, 128, 64, 8, 4, 1),
+    Cut(128, 256, 64, 8, 3, 1),
 )
 
 
@@ -112,20 +114,45 @@ def _linear(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
-def chosen(x: Tensor, weight: Tensor, activation: str, follows: bool) -> Cut | None:
-    """The kernel's cut for a layer, or None where the library's product comes first. follows: whether a pass would. No
-    kernel of ours has been timed against it on a GPU yet."""
-    return None
+def facts(size: int, tokens: int, n: int, k: int, activation: str, reads: bool) -> str:
+    """What a table tells layers apart by: bytes of a number, tokens of a sample, rows of the weight, and what
+    follows."""
+    return configs.key(bytes=size, tokens=configs.bucket(tokens), n=n, k=k, **{activation: 1}, reads=int(reads))
+
+
+def _call(
+    x: Tensor, weight: Tensor, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> tuple[int, int, int, int, str, bool]:
+    reads = residual is not None or gate is not None
+    return x.element_size(), x.numel() // (x.shape[0] * x.shape[-1]), *weight.shape, activation, reads  # type: ignore[return-value]
+
+
+def tuning(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None,
+    arch: int,
+) -> tuple[str, list[configs.Shape]]:  # fmt: skip
+    """For the op's arguments: the entry of the table that is theirs, and the shapes to try for it. The empty one is the
+    library's product."""
+    cuts = [cut._asdict() for cut in CUTS if arch >= 90 or not cut.TMA] if x.element_size() == 2 else []
+    return facts(*_call(x, weight, activation, residual, gate)), [{}, *cuts]
+
+
+@functools.cache
+def _found(call: tuple[int, int, int, int, str, bool], arch: int) -> configs.Shape:
+    entry = configs.tuned("linear", facts(*call), arch)
+    return {} if entry is None else entry.shape
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> Tensor:
     """activation(x weight^T + bias) * gate + residual. x: [B, ..., K], gate: [B, N]. All but weight contiguous."""
-    cut = chosen(x, weight, activation, activation != "none" or residual is not None or gate is not None)
-    if cut is None or x.dtype == torch.float32:  # for which there are no tensor cores
+    call = _call(x, weight, activation, residual, gate)
+    shape = configs.on_trial("linear", lambda: facts(*call))
+    shape = _found(call, configs.architecture(x.device)) if shape is None else shape
+    if not shape or x.dtype == torch.float32:  # for which there are no tensor cores
         return _by_library(x, weight, bias, activation, residual, gate)
-    return fused(x, weight, bias, activation, residual, gate, cut)
+    return fused(x, weight, bias, activation, residual, gate, Cut(**shape))
 
 
 def _by_library(
@@ -155,9 +182,7 @@ def fused(
         rows = y.numel() // n
         weight = weight.contiguous()
         aligned = not any(t.storage_offset() * t.element_size() % 16 for t in (x, weight))
-        cut = fit(
-            cut if aligned else cut._replace(TMA=False), n, k, activation, residual is not None or gate is not None
-        )
+        cut = fit(cut if aligned else cut._replace(TMA=0), n, k, activation, residual is not None or gate is not None)
         source, matrix = x, weight
         if cut.TMA:
             source = TensorDescriptor.from_tensor(x.flatten(0, -2), [cut.ROWS, cut.DEPTH])

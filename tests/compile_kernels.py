@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +82,10 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any])
     return launch
 
 
+def _only(name: str, shape: configs.Shape | None) -> Callable[[str, str], configs.Shape | None]:
+    return lambda kernel, key: shape if kernel == name else None
+
+
 def launches(name: str) -> dict[str, Launch]:
     """The launches of an op that differ in structure: its workloads in float16 and float32, then what its small samples
     (odd sizes, missing inputs, other layouts) add to them."""
@@ -98,19 +103,17 @@ def launches(name: str) -> dict[str, Launch]:
 
     JITFunction.run = record
     run = next(b for b in OPS[name].backends if b.name == "triton")
-    kernels: Any = importlib.import_module(f"diffkern.kernels.{name}") if name in _PRODUCTS else None
     # What is chosen; then every other cut that could be, where only the tile differs: of one, all variants.
-    cuts = list(getattr(kernels, "CUTS", ()))
+    cuts = importlib.import_module(f"diffkern.kernels.{name}").CUTS if name in _PRODUCTS else ()
     for cut in (None, *cuts):
-        if cut is not None:
-            kernels.chosen = lambda *_, cut=cut: cut
         for workload, dtypes in ((True, (torch.float16, torch.float32)), (False, (torch.bfloat16,))):
             for dtype in dtypes if workload or cut in (None, *cuts[:1]) else ():
                 for sample in OPS[name].make_samples("cpu", dtype):  # type: ignore[misc]
                     tile = "" if cut is None else f"{'-'.join(map(str, cut))}, "
                     label = f"{tile}{sample.name}, {str(dtype)[6:]}"
+                    shape = None if cut is None else cut._asdict()
                     if sample.workload == workload:
-                        with FakeTensorMode(), use_backend("triton"):
+                        with FakeTensorMode(), use_backend("triton"), configs.trying(_only(name, shape)):
                             run(*sample.args())
     return found
 

@@ -23,8 +23,8 @@ SHARED = 48 * 1024
 # Products wait for the tensor cores, not for other programs: all registers, and what sm_86 has of shared memory.
 REGISTERS_ALL, SHARED_ALL = 255, 99 * 1024
 TENSOR_CORES = {"_attention", "_attention_to_few", "_conv2d", "_linear"}
-BY_TABLE = {"_attention", "_attention_to_few"}  # their shapes are by architecture: all shared memory that it has
-SHARED_TMA = 227 * 1024  # of what uses the tensor memory accelerator: what sm_90 has
+ATTENTION = {"_attention", "_attention_to_few"}
+BY_TABLE = {*ATTENTION, "_conv2d", "_linear"}  # their shapes are by architecture: all shared memory that it has
 # All instructions of the program, over the normals that a thread makes: torch's Triton noise alone takes 129 a normal.
 PER_NORMAL = {"_randn": 33, "_add_noise": 38, "_reparameterize": 43}
 READS_NO_TENSOR, WRITES_NO_TENSOR = {"_randn", "_timestep_embedding"}, {"_moments"}
@@ -81,7 +81,7 @@ def test_kernel_stays_in_registers_and_in_float32(compiled, kernel):
             found.append(f"float64: {v['doubles'][:3]}")
         if v["reg"] > limit or v["reg"] * v["threads"] > 65536:
             found.append(f"{v['reg']} registers, the limit is {limit}")
-        limit = SHARED_TMA if v["tma"] else SHARED_ALL if kernel in TENSOR_CORES else SHARED
+        limit = SHARED_ALL if kernel in TENSOR_CORES else SHARED
         if v["shared"] > (configs.shared_memory(v["arch"]) if kernel in BY_TABLE else limit):
             found.append(f"{v['shared']} bytes of shared memory")
         return "; ".join(found)
@@ -99,7 +99,7 @@ def test_workloads_read_and_write_sixteen_bytes_at_a_time(compiled, kernel):
     assert not failures(compiled, kernel, wrong)
 
 
-@pytest.mark.parametrize("kernel", sorted(BY_TABLE))
+@pytest.mark.parametrize("kernel", sorted(ATTENTION))
 def test_products_of_64_rows_are_made_by_a_group_of_warps(compiled, kernel):
     def wrong(v: dict[str, Any]) -> str:
         meant = v["arch"] == 90 and v["constexprs"]["QUERIES"] >= 64 and "float32" not in v["label"]
