@@ -2,8 +2,9 @@
 
 A backend passes when its error against the oracle (the reference, run in float64 on the same values) is at most twice
 the error that the reference itself makes in the op's dtype, plus one unit in the last place. In float32 on a GPU it is
-five times: there exponentials, logarithms, sines and roots are instructions of two ulp and more, and PyTorch's own
-attention makes up to 4.8 times the error of its composition (measured on an H200).
+five times, plus three units: there exponentials, logarithms, sines and roots are instructions of two ulp and more, and
+PyTorch's own attention makes up to 4.8 times the error of its composition, and two ulp where that makes none (on an
+H200).
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def check(op: Op, backend: str, args: tuple[Any, ...]) -> float:
         assert all(a == b for a, b in strides), f"{where}: strides {g.stride()}, the reference has {p.stride()}"
         if not g.numel():
             continue
-        times = 5 if g.is_cuda and g.dtype == torch.float32 else 2
-        allowed = times * (p.double() - e).abs().max() + ulp(e, g.dtype)
+        times, units = (5, 3) if g.is_cuda and g.dtype == torch.float32 else (2, 1)
+        allowed = times * (p.double() - e).abs().max() + units * ulp(e, g.dtype)
         share = ((g.double() - e).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
         assert share <= 1, f"{where}: error {(g.double() - e).abs().max():.3g}, {share:.3g} times what is allowed"
         worst = max(worst, share)
