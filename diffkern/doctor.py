@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 
 import diffkern
-from diffkern import native
+from diffkern import native, toolchain
 from diffkern.models.bundle import bundled
 from diffkern.op import BACKENDS, OPS, availability, forced_backend
 
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "safetensors", "ninja")
-TOOLS = ("g++", "nvcc")
+TOOLS = {"c++": toolchain.find_compiler, "nvcc": toolchain.find_nvcc}
 
 
 def device_name(device: torch.device | str) -> str:
@@ -78,15 +77,16 @@ def _version(package: str) -> str | None:
 
 
 def _tool(name: str) -> str | None:
-    """The last line of `name --version` that holds a version, or None if the tool is not there."""
-    if shutil.which(name) is None:
-        return None
+    """The line of a compiler's `--version` that names it, and where it is; None if it is not there."""
     try:
-        done = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=20, check=False)
+        path = TOOLS[name]()
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except toolchain.BuildError:
+        return None
     except (OSError, subprocess.TimeoutExpired):
         return "does not answer"
     lines = [line for line in done.stdout.splitlines() if any(c.isdigit() for c in line)]
-    return lines[0 if name == "g++" else -1].strip() if lines else "does not say"
+    return f"{lines[-1 if name == 'nvcc' else 0].strip()} ({path})" if lines else f"does not say ({path})"
 
 
 def main(as_json: bool = False) -> None:
