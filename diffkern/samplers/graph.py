@@ -122,7 +122,7 @@ class _Graphs:
         self.lock = threading.Lock()
         self.kept: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # the last used last; None: not to be had
         self.looks: list[Hashable] = []
-        self.pure = self.warned = False
+        self.pure = self.warned = self.hopeless = False
         self.recorded = 0
 
     @property
@@ -134,9 +134,10 @@ class _Graphs:
     def look(self, device: torch.device) -> None:
         """Give up the graphs if the network is not as it was when they were recorded."""
         network = self.network
-        looks = [device, *_looks(network)]
+        looks = [device, torch.is_autocast_enabled("cuda"), *_looks(network)]
         if looks != self.looks:
-            self.looks, self.pure, self.warned, self.recorded = looks, _is_pure(network), False, 0
+            self.looks, self.pure, self.recorded = looks, _is_pure(network), 0
+            self.warned = self.hopeless = False
             self.kept.clear()
             self.recorder = Recorder(device)
 
@@ -147,7 +148,7 @@ class _Graphs:
 
     def record(self, key: Hashable, step: Step, steps: int) -> _Graph | None:
         """The graph of a batch after two steps, or its only one; None, after one warning, if it is not to be had."""
-        if key in self.kept:
+        if self.hopeless or key in self.kept:
             return None
         while len(self.kept) >= LIMIT:
             self.kept.popitem(last=False)
@@ -158,7 +159,7 @@ class _Graphs:
         try:
             graph = self._record(step, steps)
         except Exception as e:
-            self.recorded = 0
+            self.recorded, self.hopeless = 0, not isinstance(e, torch.OutOfMemoryError)
             if not self.warned:
                 self.warned = True
                 warnings.warn(f"sampling without a CUDA graph: {_reason(e)}", RuntimeWarning, stacklevel=6)
@@ -185,8 +186,7 @@ def _settings() -> Hashable:
     """What chooses kernels beside the tensors."""
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     return (
-        forced_backend(), invariant.is_on(), torch.is_autocast_enabled("cuda"),
-        torch.are_deterministic_algorithms_enabled(), cuda.matmul.fp32_precision,
+        forced_backend(), invariant.is_on(), torch.are_deterministic_algorithms_enabled(), cuda.matmul.fp32_precision,
         cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
