@@ -1,7 +1,7 @@
 """Whole networks and sampling runs, diffkern against what users have today, on the same weights.
 
     python benchmarks/bench_end_to_end.py [--networks cifar,dit,...] [--dtypes float32,bfloat16] [--rounds 5]
-    python benchmarks/bench_end_to_end.py --device cuda [--seconds 240]    # see networks_gpu.py
+    python benchmarks/bench_end_to_end.py --device cuda [--seconds 240]    # see end_to_end_gpu.py
 
 Every variant is first run in a process of its own: how long its first call takes, what memory it needs, and whether
 its result is that of diffusers in float32. One that is wrong is refused. Then all are timed in turn in one process, and
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import end_to_end_gpu
 import networks_gpu
 import record
 import torch
@@ -219,7 +220,7 @@ def main() -> None:
     if args.variants[0] != "diffkern":
         parser.error("diffkern must be the first variant: the others are compared with it")
     if on_gpu:
-        networks_gpu.main(args)
+        end_to_end_gpu.main(args)
         return
     for network in args.networks:
         with tempfile.TemporaryDirectory() as name:

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_run.sh [--out DIR] [--archive FILE.tar.gz] [--keep-going] [--dry] [PART ...]
 #
-# Parts, in this order, by default all: build (the CUDA library), tests (`pytest -m gpu`), sanitize (compute-sanitizer on
+# Parts, in this order, by default all: build (the CUDA library), tests (those marked gpu or device), sanitize (compute-sanitizer on
 # the CUDA kernels), ops, networks (the benchmarks). Each has a time limit and can run alone. The first part that fails
 # ends the run: no wrong kernel is timed. Records go to DIR/<gpu>/, by default benchmarks/results; what each part printed
 # to DIR/logs/. --archive packs DIR up at the end, also of a run that failed. --dry: tiny, on a CPU, without sanitizers.
@@ -42,7 +42,7 @@ if ! (cd / && python3 -c "import diffkern.kernels") 2>/dev/null; then
 fi
 
 build() {
-    python3 - "$device" <<'PYTHON'
+    python3 -P - "$device" <<'PYTHON'
 import sys
 from diffkern import doctor, native
 doctor.main()
@@ -53,7 +53,9 @@ PYTHON
 }
 
 tests() { # -P: not the checkout's own folder, which is no whole package
-    local which=(-m gpu -n "$((cores < 12 ? cores : 12))" --dist worksteal)
+    local files
+    mapfile -t files < <(grep -lE 'mark\.(gpu|device)' tests/test_*.py)
+    local which=("${files[@]}" -m "gpu or device" -n "$((cores < 15 ? cores : 15))" --dist worksteal)
     [[ $device == cuda ]] || which=(tests/test_benchmarks.py)
     TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark --maxfail=100 "${which[@]}"
 }
@@ -89,7 +91,7 @@ networks() {
         --device "$device" --out "$out" "${which[@]}"
 }
 
-declare -A limit=([build]=60 [tests]=120 [sanitize]=60 [ops]=160 [networks]=230)
+declare -A limit=([build]=60 [tests]=150 [sanitize]=80 [ops]=160 [networks]=230)
 failed=()
 export repository out device cores
 export -f build tests sanitize ops networks

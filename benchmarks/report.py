@@ -176,7 +176,7 @@ def _row(row: dict[str, Any]) -> tuple[str, dict[str, Any], str, float] | None:
     """Our backend, its figures, the fastest rival, and how much faster than that it is."""
     times = row["times"]
     # A record of a GPU says which backend the op takes, be it PyTorch's own.
-    backend = row.get("chosen") or next((b for b in OURS if b in times), None)
+    backend = row.get("chosen") or next((b for b in OURS if b in times), "")
     if backend not in times:
         return None
     others = (n for n in times if n not in (*OURS, backend, "copy", "matmul"))

@@ -1,5 +1,5 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported. With
-one, `python -m pytest -m gpu` runs what is tested on it."""
+one, `python -m pytest -m "gpu or device"` runs what is tested on it."""
 
 import importlib.util
 import os

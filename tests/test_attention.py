@@ -176,6 +176,7 @@ def test_what_is_not_finite_stays_in_its_head(which, value, dtype):
         assert out[1, :, :8].isfinite().all()
 
 
+@pytest.mark.device
 @pytest.mark.skipif(availability("triton") is not None, reason="needs Triton")
 @pytest.mark.parametrize(
     "shape",  # queries, keys, parts, blocks of queries: several blocks of keys, one, and keys that stay

@@ -21,6 +21,7 @@ from diffkern.testing import check, make, tensors
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NOISE = ("randn", "add_noise", "reparameterize", "sampler_step")
+pytestmark = pytest.mark.device
 on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="runs the kernels thread by thread")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffkern.op import OPS, use_backend
 from diffkern.testing import check, make
 
+pytestmark = pytest.mark.device
 ALL = {"skip": 16, "add": True, "modulated": True}
 # (name, shape, groups, layout, what else is given), for bfloat16 on a GPU with clusters.
 GROUPS: list[tuple[str, tuple[int, ...], int, str, dict[str, Any]]] = [

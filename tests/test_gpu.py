@@ -1,5 +1,5 @@
 """On a GPU: every op in a CUDA graph and under torch.compile, tensors of more than 2^31 elements, the bundled model.
-`python -m pytest -m gpu` runs these beside the op tests on the device."""
+benchmarks/gpu_run.sh runs these beside the op tests on the device."""
 
 from __future__ import annotations
 

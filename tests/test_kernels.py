@@ -28,7 +28,7 @@ from diffkern.kernels import common, configs
 
 KERNELS = sorted(name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = pytest.mark.device
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks inside Triton's interpreter")
 
 
