@@ -46,7 +46,7 @@ def _large(arch: int) -> bool:
     return configs.shared_memory(arch) >= 227 * 1024
 
 
-def default_cut(dim: int, queries: int, keys: int, size: int, masked: bool, aligned: bool, arch: int) -> Cut:
+def default_cut(dim: int, queries: int, keys: int, size: int, masked: int, aligned: bool, arch: int) -> Cut:
     """For `size` bytes a number, in heads that begin where wide loads can if `aligned`: what serves where nothing was
     measured."""
     d1, _ = tiles(dim)
@@ -68,18 +68,17 @@ def default_cut(dim: int, queries: int, keys: int, size: int, masked: bool, alig
     return Cut(block, wide, 2 if d1 > 256 else 1, 0, 8 if d1 * block >= 1 << 13 else 4, 2 if d1 <= 128 else 1)
 
 
-def _call(q: Tensor, keys: int, masked: bool) -> tuple[int, int, int, int, bool]:
-    return q.shape[3], q.shape[1], keys, q.element_size(), masked
+def _call(q: Tensor, keys: int, mask: Tensor | None) -> tuple[int, int, int, int, int]:
+    """What shapes are chosen by: dim, queries, keys, bytes a number, and the mask: 0 none, 1 bool, 2 added."""
+    return q.shape[3], q.shape[1], keys, q.element_size(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2
 
 
-def facts(dim: int, queries: int, keys: int, size: int, masked: bool) -> str:
+def facts(dim: int, queries: int, keys: int, size: int, masked: int) -> str:
     """What a table of shapes tells calls apart by."""
-    return configs.key(
-        bytes=size, dim=dim, queries=configs.bucket(queries), keys=configs.bucket(keys), masked=int(masked)
-    )
+    return configs.key(bytes=size, dim=dim, queries=configs.bucket(queries), keys=configs.bucket(keys), masked=masked)
 
 
-def candidates(dim: int, queries: int, keys: int, size: int, masked: bool, arch: int) -> Iterator[Cut]:
+def candidates(dim: int, queries: int, keys: int, size: int, masked: int, arch: int) -> Iterator[Cut]:
     """The shapes that are worth timing, by what can be known beforehand: 64 queries are what four warps multiply at
     once; a thread has 255 registers for the sums, the scores and the weights of a block."""
     d1, d2 = tiles(dim)
@@ -98,8 +97,9 @@ def candidates(dim: int, queries: int, keys: int, size: int, masked: bool, arch:
                         if size * stored <= configs.shared_memory(arch):
                             yield Cut(block, wide, parts, 0, warps, stages)
                     # Keys that stay: 3 stages, as with 2 no block is loaded ahead; what is stored passes through.
+                    # With what is added to their scores their registers do not do.
                     stored = (d1 + d2) * (3 * block + 2 * wide) + d1 * block
-                    if d1 <= 128 and wide >= keys and size * stored <= configs.shared_memory(arch):
+                    if masked < 2 and d1 <= 128 and wide >= keys and size * stored <= configs.shared_memory(arch):
                         for blocks in (2, 4, 8):
                             if (blocks - 1) * block < queries:
                                 yield Cut(block, wide, 1, blocks, warps, 3)
@@ -109,7 +109,7 @@ def tuning(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, arch: int
 ) -> tuple[str, list[configs.Shape]]:
     """For the op's arguments: the entry of the table that is theirs, and the shapes to try for it."""
-    call = _call(q, k.shape[1], mask is not None)
+    call = _call(q, k.shape[1], mask)
     return facts(*call), [cut._asdict() for cut in candidates(*call, arch)]
 
 
@@ -322,19 +322,19 @@ def _attention_to_few(
 
 
 @functools.lru_cache(1024)
-def _found(call: tuple[int, int, int, int, bool], arch: int) -> configs.Tuned | None:
+def _found(call: tuple[int, int, int, int, int], arch: int) -> configs.Tuned | None:
     return configs.tuned("attention", facts(*call), arch)
 
 
-def measured(q: Tensor, keys: int, masked: bool) -> configs.Tuned | None:
+def measured(q: Tensor, keys: int, mask: Tensor | None) -> configs.Tuned | None:
     """What was measured of such a call on this architecture, or None."""
-    return _found(_call(q, keys, masked), configs.architecture(q.device))
+    return _found(_call(q, keys, mask), configs.architecture(q.device))
 
 
-def cut_of(q: Tensor, keys: int, masked: bool, aligned: bool, arch: int) -> Cut:
+def cut_of(q: Tensor, keys: int, mask: Tensor | None, aligned: bool, arch: int) -> Cut:
     """The launch shape for a call: the one on trial, else what was measured as fastest, else the default. All that was
     measured is aligned."""
-    call = _call(q, keys, masked)
+    call = _call(q, keys, mask)
     shape = configs.on_trial("attention", lambda: facts(*call))
     if shape is None and aligned and (found := _found(call, arch)) is not None:
         shape = found.shape
@@ -355,7 +355,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     arch = configs.architecture(q.device)
-    cut = cut_of(q, keys, mask is not None, unit > 1, arch)
+    cut = cut_of(q, keys, mask, unit > 1, arch)
     tensors = (
         q, k, v, out, max(scale * _LOG2E.value, _SMALLEST), *(stride // unit for stride in strides),
         mask, *((0,) * 4 if mask is None else mask.stride()), heads, queries, keys,

@@ -86,6 +86,14 @@ def _only(name: str, shape: configs.Shape | None) -> Callable[[str, str], config
     return lambda kernel, key: shape if kernel == name else None
 
 
+def _keys_that_stay(kernel: str, key: str) -> configs.Shape | None:
+    """A shape of attention that tables alone choose, and no default: for another kernel."""
+    facts = dict(fact.rsplit(" ", 1) for fact in key.split(", "))
+    if facts["bytes"] == "4" or facts["masked"] == "2" or int(facts["dim"]) > 80 or int(facts["keys"]) > 128:
+        return None
+    return {"QUERIES": 64, "KEYS": 128, "PARTS": 1, "BLOCKS": 4, "num_warps": 4, "num_stages": 3}
+
+
 def launches(name: str) -> dict[str, Launch]:
     """The launches of an op that differ in structure: its workloads in float16 and float32, then what its small samples
     (odd sizes, missing inputs, other layouts) add to them."""
@@ -105,15 +113,17 @@ def launches(name: str) -> dict[str, Launch]:
     run = next(b for b in OPS[name].backends if b.name == "triton")
     # What is chosen; then every other cut that could be, where only the tile differs: of one, all variants.
     cuts = importlib.import_module(f"diffkern.kernels.{name}").CUTS if name in _PRODUCTS else ()
-    for cut in (None, *cuts):
+    trials = {cut: _only(name, None if cut is None else cut._asdict()) for cut in (None, *cuts)}
+    if name == "attention":
+        trials[("keys that stay",)] = _keys_that_stay
+    for cut, trial in trials.items():
         for workload, dtypes in ((True, (torch.float16, torch.float32)), (False, (torch.bfloat16,))):
             for dtype in dtypes if workload or cut in (None, *cuts[:1]) else ():
                 for sample in OPS[name].make_samples("cpu", dtype):  # type: ignore[misc]
                     tile = "" if cut is None else f"{'-'.join(map(str, cut))}, "
                     label = f"{tile}{sample.name}, {str(dtype)[6:]}"
-                    shape = None if cut is None else cut._asdict()
                     if sample.workload == workload:
-                        with FakeTensorMode(), use_backend("triton"), configs.trying(_only(name, shape)):
+                        with FakeTensorMode(), use_backend("triton"), configs.trying(trial):
                             run(*sample.args())
     return found
 

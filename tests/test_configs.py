@@ -61,6 +61,7 @@ def test_attention_is_left_to_pytorch_unless_it_was_measured_as_faster(times, ch
         assert (reason is None) is chosen
         assert triton.why_defer((q.float(), k.float(), v.float(), None, None)) is not None, "another size of number"
         assert triton.why_defer((q[:, :10], k, v, None, None)) is not None, "another length"
+        assert triton.why_defer((q, k, v, None, torch.ones(100, 77).bool())) is not None, "a mask"
     finally:
         kernels._found.cache_clear()
 
@@ -91,7 +92,7 @@ def test_every_candidate_fits(dim, keys):
     assert d1 + d2 >= dim
     for arch in (80, 86, 90, 100):
         for queries in (1, 64, 256, 4096):
-            found = list(candidates(dim, queries, keys, 2, False, arch))
+            found = list(candidates(dim, queries, keys, 2, 0, arch))
             assert len(found) == len(set(found))
             assert found or configs.shared_memory(arch) < 227 * 1024
             for cut in found:

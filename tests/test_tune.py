@@ -1,0 +1,88 @@
+"""The tuner's parts that need no GPU: what it tries, what it leaves out, and what it writes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffkern.op import OPS, Sample, availability
+from diffkern.testing import make
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import children
+import tune
+
+pytestmark = pytest.mark.skipif(availability("triton") is not None, reason="needs Triton")
+
+FAST = {"QUERIES": 64, "KEYS": 64, "PARTS": 1, "BLOCKS": 0, "num_warps": 4, "num_stages": 2}
+SLOW, CRASHES = FAST | {"KEYS": 32}, FAST | {"KEYS": 128}
+
+
+def test_every_workload_has_an_entry_and_shapes_to_try():
+    found = tune.plan("attention", 90)
+    assert all(shapes for _, shapes in found.values())
+    assert {sample for sample, _ in found.values()} <= set(tune.samples("attention", "cpu"))
+    sample, shapes = found["bytes 2, dim 80, queries 1024, keys 128, masked 0"]
+    assert sample == "SD 1.5 32x32, text"
+    assert FAST in shapes
+
+
+def test_what_does_not_compile_or_spills_is_left_out(monkeypatch, capsys):
+    def answers(command, items, processes, until, each):
+        reasons = {str(FAST): None, str(SLOW): "12 spills"}
+        for item in items:
+            text = str(item[2][0])
+            yield item, {text: reasons[text]} if text in reasons else children.Failure("exit -9")
+
+    monkeypatch.setattr(children, "answers", answers)
+    work = [("attention", "SDXL 32x32", [FAST, SLOW, CRASHES])]
+    kept = tune.compiled(work, SimpleNamespace(processes=2), 0.0)
+    assert kept == [("attention", "SDXL 32x32", [FAST])]
+    assert "12 spills" in capsys.readouterr().out
+
+
+def test_a_shape_that_ends_its_process_costs_itself_alone(monkeypatch):
+    times = {str(FAST): 2.0, str(SLOW): 3.0}
+
+    def answers(command, items, processes, until, each):
+        for item in items:
+            if CRASHES in item[2]:
+                yield item, children.Failure("an illegal memory access")
+            else:
+                yield item, {"torch": 5.0} | {str(shape): times[str(shape)] for shape in item[2]}
+
+    monkeypatch.setattr(children, "answers", answers)
+    found = tune.timed([("attention", "SDXL 32x32", [FAST, CRASHES, SLOW])], 0.0)["attention", "SDXL 32x32"]
+    assert found == {"torch": 5.0, str(FAST): 2.0, str(SLOW): 3.0, str(CRASHES): "an illegal memory access"}
+    line, entry = tune.best(found, [FAST, CRASHES, SLOW])
+    assert entry == {"shape": FAST, "us": 2.0, "torch_us": 5.0}
+    assert "2.50x" in line
+    assert "illegal memory access" in line
+    assert tune.best({"torch": 5.0}, [FAST])[1] is None
+
+
+def test_a_shape_is_checked_before_it_is_timed(monkeypatch):
+    """In the interpreter, with a clock that stands still."""
+    args = tuple(make((1, n, 2, 16), "cpu", torch.bfloat16, seed=n) for n in (9, 20, 20))
+    sample = Sample("small", lambda: args, True)
+    monkeypatch.setattr(tune, "samples", lambda name, device: {"small": sample})
+    monkeypatch.setattr(tune.gpu, "sets_of", lambda args, moved: [args])
+    monkeypatch.setattr(tune.gpu, "interleave", interleave)
+    wrong = FAST | {"KEYS": 16, "BLOCKS": 2}  # leaves out keys
+    right = FAST | {"QUERIES": 16, "KEYS": 32, "BLOCKS": 2}
+    found = tune.Child(compiles=False).answer(("attention", "small", [right, wrong]))
+    assert set(found) == {str(right), str(wrong), "torch"}
+    assert found[str(right)] == found["torch"] == 1.0
+    assert "times what is allowed" in found[str(wrong)]
+    assert OPS["attention"].backends[-1].name == "torch"
+
+
+def interleave(binds, sets, rounds):
+    for bind in binds.values():
+        bind(*sets[0])()
+    return {name: [1e-6] * rounds for name in binds}, {}, {}
