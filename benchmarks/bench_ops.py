@@ -6,8 +6,8 @@
 
 Rivals, timed in turn so that all of them see the same machine: every backend that can run, the reference, what a user
 would write today with torch's own generator ("torch"; of a gradient, autograd's way back), torch.compile of both, on a
-GPU also each kernel that a library has, a clone of as many bytes ("copy") and, for an op that multiplies, a matmul with
-a packed weight of as many operations ("matmul"; on a GPU a large one that is measured once).
+GPU also each kernel that a library has, a clone of as many bytes ("copy"; on a GPU their negation) and, for an op that
+multiplies, a matmul with a packed weight of as many operations ("matmul"; on a GPU a large one that is measured once).
 
 With --processes, so many of them first check and compile all that follows, in parallel; then one times it.
 """
@@ -65,7 +65,10 @@ def rivals(op: Op, args: tuple[Any, ...], device: str, compiled: bool) -> dict[s
             if function is not None:
                 calls[f"{name}, compiled"] = later(torch.compile(function, fullgraph=True, mode=mode))
     half = op.count_cost(*args).bytes // 2
-    calls["copy"] = lambda *_: torch.ones(half, dtype=torch.uint8, device=device).clone
+    if device == "cuda":  # a kernel: what a graph does for a copy is slower
+        calls["copy"] = lambda *_: torch.ones(-(-half // 2), dtype=torch.float16, device=device).neg
+    else:
+        calls["copy"] = lambda *_: torch.ones(half, dtype=torch.uint8).clone
     if device == "cuda":
         calls |= {name: later(function) for name, function in LIBRARY.get(op.name, {}).items()}
     elif op.name in PRODUCTS:
@@ -115,7 +118,7 @@ class Bench:
         self.items = {(op.name, dtype, sample.name): (op, sample) for op, dtype, sample in work(options)}
         self.cuda = options.device == "cuda"
         if self.cuda:
-            gpu.settings()
+            gpu.settings(timed=options.child != "check")  # trying float64 kernels of an oracle would take seconds
 
     def check(self, item: Item) -> str:
         """Why an item must not be timed, or nothing. What it would compile is compiled then."""

@@ -20,10 +20,10 @@ GRAPH, MEASUREMENT = 400e-6, 1.5e-3  # seconds that a graph, and a measurement, 
 SLEEP = 1_000_000  # cycles: half a millisecond, in which the host runs ahead
 
 
-def settings() -> None:
-    """What a careful user has set: cuDNN tries its kernels. Float32 is float32 in convolutions as well, since it says
-    what error a kernel may make."""
-    torch.backends.cudnn.benchmark = True
+def settings(timed: bool = True) -> None:
+    """What a careful user has set: cuDNN tries its kernels, where they are timed. Float32 is float32 in convolutions as
+    well, since it says what error a kernel may make."""
+    torch.backends.cudnn.benchmark = timed
     torch.backends.cudnn.allow_tf32 = False
 
 
