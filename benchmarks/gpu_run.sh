@@ -25,7 +25,10 @@ done
 ((${#parts[@]})) || parts=(build tests sanitize ops networks)
 mkdir -p "$out/logs"
 scratch=$(mktemp -d)
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# Shared by all parts: what one compiles, the next finds.
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
 cores=$(nproc)
 
 finish() {
