@@ -84,6 +84,21 @@ def _given(*biases: Tensor | None) -> list[Tensor]:
     return [bias for bias in biases if bias is not None]
 
 
+@query_key_value.backend("triton", devices=("cuda",), supports=_supports, strided=True)
+def _(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
+    v_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    from diffkern.kernels.linear import linear as kernel
+
+    shape = _check(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
+    if not x.numel() or not q_weight.numel():
+        return compose(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
+    biases = _given(q_bias, k_bias, v_bias)
+    weight, bias = joined([q_weight, k_weight, v_weight]), joined(biases) if biases else None
+    return kernel(x.contiguous(), weight, bias, "none", None, None).view(shape)
+
+
 @query_key_value.backend("torch", devices=("cpu", "cuda"), strided=True)
 def _(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
