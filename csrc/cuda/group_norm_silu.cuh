@@ -17,7 +17,7 @@ namespace diffkern {
 
 // Threads of a block at most, by the vectors that each has in registers; and of the two-pass kernels, one number a
 // thread or a vector.
-constexpr int one_pass_threads(int vectors) { return vectors > 4 ? 512 : 384; }
+constexpr int one_pass_threads(int vectors) { return vectors == 4 ? 384 : vectors == 8 ? 320 : 512; }
 constexpr int two_pass_threads(int vector) { return vector > 1 ? 256 : 512; }
 constexpr int kInFlight = 4;  // vectors that a thread of the two-pass kernels has in flight
 
@@ -30,7 +30,7 @@ struct Run {
 };
 
 template <class Layout, class T, int V, int kVectors>
-__global__ void __launch_bounds__(one_pass_threads(kVectors), kVectors > 4 ? 1 : 2)
+__global__ void __launch_bounds__(one_pass_threads(kVectors), kVectors > 8 ? 1 : 2)
     one_pass(GroupNorm p, GroupCut cut) {
   const Layout slab(p, cut, blockIdx.x / cut.runs, dynamic_shared());
   const Run run(cut, block_rank(), Layout::length(p));
