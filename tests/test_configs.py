@@ -48,7 +48,7 @@ def test_a_shape_is_on_trial_only_inside_the_block():
     ("times", "chosen"), [((9.0, 10.0), True), ((10.0, 10.0), False), ((10.0, 9.0), False), (None, False)]
 )
 def test_attention_is_left_to_pytorch_unless_it_was_measured_as_faster(times, chosen, monkeypatch):
-    from diffkern.kernels import attention as kernels
+    from diffkern.kernels import attention_cuts as kernels
 
     key = "bytes 2, dim 40, queries 128, keys 128, masked 0"
     entry = times and {"shape": SHAPE, "us": times[0], "torch_us": times[1]}
@@ -69,7 +69,7 @@ def test_attention_is_left_to_pytorch_unless_it_was_measured_as_faster(times, ch
 @needs_triton
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_table_is_whole(path):
-    from diffkern.kernels.attention import Cut
+    from diffkern.kernels.attention_cuts import Cut
 
     table = json.loads(path.read_text("utf-8"))
     assert table["gpu"]
@@ -86,7 +86,7 @@ def test_every_table_is_whole(path):
 @pytest.mark.parametrize("dim", [8, 32, 40, 64, 72, 80, 96, 128, 160, 256, 512])
 @pytest.mark.parametrize("keys", [1, 16, 64, 77, 256, 1000, 4096])
 def test_every_candidate_fits(dim, keys):
-    from diffkern.kernels.attention import candidates, tiles
+    from diffkern.kernels.attention_cuts import candidates, tiles
 
     d1, d2 = tiles(dim)
     assert d1 + d2 >= dim

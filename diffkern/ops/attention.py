@@ -68,7 +68,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None)
 def _defers_to_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> str | None:
     """PyTorch has three kernels to choose from, cuDNN's first: what the table of launch shapes says of a call decides.
     What is not in it goes to PyTorch."""
-    from diffkern.kernels.attention import measured
+    from diffkern.kernels.attention_cuts import measured
 
     found = measured(q, k.shape[1], mask)
     if found is None:
