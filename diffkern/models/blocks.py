@@ -93,7 +93,9 @@ class ResnetBlock(nn.Module):
         time_emb_proj makes of the embedding after SiLU: [B, out_channels], twice as wide with scale_shift, else with
         conv1's bias added; or None. Returns [B, out_channels, H, W]."""
         h = norm_silu(self.norm1, x, skip=skip)
-        if self.scale_shift and time is not None:
+        if time is None and not h.is_cuda:  # a convolution on a CPU adds its bias for nothing
+            h = norm_silu(self.norm2, convolve(self.conv1, h))
+        elif self.scale_shift and time is not None:
             scale, shift = time.chunk(2, dim=1)
             h = norm_silu(self.norm2, convolve(self.conv1, h), scale=scale, shift=shift)
         else:
