@@ -158,7 +158,8 @@ def linear(
 def _by_library(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> Tensor:
-    if activation == "gelu_tanh" and bias is not None and x.is_cuda:  # cuBLAS has that of GELU's forms, with a bias
+    # cuBLAS has that of GELU's forms, with a bias, and to 16 bits: its tanh is approximate.
+    if activation == "gelu_tanh" and bias is not None and x.is_cuda and x.dtype != torch.float32:
         y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         y, activation = y.view(*x.shape[:-1], -1), "none"
     else:
