@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import configs
 from .attention_cuts import cut_of, is_large, tiles, tuning
+from .attention_products import attention_by_products
 from .common import on_device
 
 __all__ = ["attention", "tuning"]
@@ -238,13 +239,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     out = torch.empty(batch, queries, heads * dim, device=q.device, dtype=q.dtype)
     if not out.numel():
         return out
-    if scale < 0:  # the highest score is that of the highest product
-        q, scale = -q, -scale
-    d1, d2, size = *tiles(dim), q.element_size()
     strides = [stride for t in (q, k, v) for stride in t.stride()[:3]]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     arch = configs.architecture(q.device)
     cut = cut_of(q, keys, mask, unit > 1, arch)
+    if cut is None:
+        attention_by_products(q, k, v, out.unflatten(2, (heads, dim)), scale * _LOG2E.value)
+        return out
+    if scale < 0:  # the highest score is that of the highest product
+        q, scale = -q, -scale
+    d1, d2, size = *tiles(dim), q.element_size()
     tensors = (
         q, k, v, out, max(scale * _LOG2E.value, _SMALLEST), *(stride // unit for stride in strides),
         mask, *((0,) * 4 if mask is None else mask.stride()), heads, queries, keys,

@@ -62,6 +62,13 @@ def call_of(q: Tensor, keys: int, mask: Tensor | None) -> tuple[int, int, int, i
     return q.shape[3], q.shape[1], keys, q.element_size(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2
 
 
+def by_products(dim: int, queries: int, keys: int, size: int, masked: int) -> bool:
+    """Whether products of a library, with a softmax between, may serve: heads too wide for one kernel, in 16 bits,
+    that begin where a library's wide loads can, and enough scores to fill a GPU."""
+    aligned = dim % 8 == 0 and keys % 8 == 0
+    return dim > 256 and size == 2 and not masked and aligned and queries * keys >= 1 << 20
+
+
 def facts(dim: int, queries: int, keys: int, size: int, masked: int) -> str:
     """What a table of shapes tells calls apart by."""
     return configs.key(bytes=size, dim=dim, queries=configs.bucket(queries), keys=configs.bucket(keys), masked=masked)
@@ -99,7 +106,8 @@ def tuning(
 ) -> tuple[str, list[configs.Shape]]:
     """For the op's arguments: the entry of the table that is theirs, and the shapes to try for it."""
     call = call_of(q, k.shape[1], mask)
-    return facts(*call), [cut._asdict() for cut in candidates(*call, arch)]
+    library: list[configs.Shape] = [{}] if by_products(*call) else []
+    return facts(*call), library + [cut._asdict() for cut in candidates(*call, arch)]
 
 
 @functools.lru_cache(1024)
@@ -112,11 +120,13 @@ def measured(q: Tensor, keys: int, mask: Tensor | None) -> configs.Tuned | None:
     return _found(call_of(q, keys, mask), configs.architecture(q.device))
 
 
-def cut_of(q: Tensor, keys: int, mask: Tensor | None, aligned: bool, arch: int) -> Cut:
+def cut_of(q: Tensor, keys: int, mask: Tensor | None, aligned: bool, arch: int) -> Cut | None:
     """The launch shape for a call: the one on trial, else what was measured as fastest, else the default. All that was
-    measured is aligned."""
+    measured is aligned. None, and no numbers in a table: products of a library."""
     call = call_of(q, keys, mask)
     shape = configs.on_trial("attention", lambda: facts(*call))
     if shape is None and aligned and (found := _found(call, arch)) is not None:
         shape = found.shape
-    return default_cut(*call, aligned, arch) if shape is None else Cut(**shape)
+    if shape is None and not by_products(*call):
+        return default_cut(*call, aligned, arch)
+    return Cut(**shape) if shape else None
