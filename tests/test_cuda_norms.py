@@ -15,34 +15,34 @@ from diffkern.testing import check, make
 
 pytestmark = pytest.mark.device
 ALL = {"skip": 16, "add": True, "modulated": True}
-# (name, shape, groups, layout, what else is given), for bfloat16 on a GPU with clusters.
-GROUPS: list[tuple[str, tuple[int, ...], int, str, dict[str, Any]]] = [
-    ("a cluster of 8", (2, 40, 64, 64), 4, "channels_last", {}),
-    ("a cluster of 4", (2, 64, 32, 32), 4, "channels_last", ALL),
-    ("a cluster of 2, one group a slab", (2, 144, 15, 15), 2, "channels_last", ALL),
-    ("a cluster, the last block has less", (1, 48, 45, 41), 3, "channels_last", {"modulated": True}),
-    ("narrow slabs, many vectors a thread", (1, 32, 128, 128), 4, "channels_last", {"offset": 30.0}),
-    ("the last slab is narrower", (2, 72, 16, 16), 9, "channels_last", {}),
-    ("two passes", (1, 64, 184, 184), 4, "channels_last", ALL | {"offset": 30.0}),
-    ("two passes, one number at a time", (1, 15, 64, 65), 5, "channels_last", {"modulated": True}),
-    ("a block a group", (2, 24, 16, 16), 3, "contiguous", {"add": True}),
-    ("a cluster a group", (2, 16, 64, 64), 4, "contiguous", ALL),
-    ("two passes over a group", (1, 8, 256, 264), 1, "contiguous", {"add": True, "offset": 30.0}),
+# (name, shape, groups, what else is given), all channels_last.
+GROUPS: list[tuple[str, tuple[int, ...], int, dict[str, Any]]] = [
+    ("one run a sample", (2, 144, 3, 3), 2, ALL),
+    ("several rows of pixels a block", (2, 40, 64, 64), 4, ALL | {"offset": 30.0}),
+    ("one row, a run of few pixels", (2, 1264, 8, 8), 32, ALL),
+    ("the last run is shorter", (1, 48, 45, 41), 3, {"modulated": True}),
+    ("two slabs, the last narrower", (1, 4136, 4, 3), 47, {"add": True}),
+    ("two slabs of one channel a group", (1, 5120, 3, 3), 5120, {"modulated": True}),
+    ("more runs than a thread reads at a time", (1, 16, 184, 184), 2, ALL | {"offset": 30.0}),
+    ("one number at a time", (1, 15, 64, 65), 5, {"modulated": True, "add": True}),
+    ("one number at a time, two slabs", (1, 770, 7, 5), 77, {"offset": 30.0}),
+    ("the first pixel is far from the others", (1, 32, 24, 24), 4, {"outlier": 300.0}),
 ]
 WIDTHS = (512, 1000, 1152, 2048, 3072, 4096, 8192)  # one for each kernel
 
 
 def group_norm_args(
-    shape: tuple[int, ...], groups: int, layout: str, dtype: torch.dtype, parameters: torch.dtype,
-    skip: int = 0, add: bool = False, modulated: bool = False, offset: float = 0.0,
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, parameters: torch.dtype,
+    skip: int = 0, add: bool = False, modulated: bool = False, offset: float = 0.0, outlier: float = 0.0,
 ) -> tuple[Any, ...]:  # fmt: skip
     batch, own, *space = shape
     channels = own + skip
     weight, bias = (make((channels,), DEVICE, parameters, seed=s) for s in (1, 2))
     added = make((batch, channels), DEVICE, parameters, seed=3) if add else None
     scale, shift = (make((batch, channels), DEVICE, parameters, seed=s) if modulated else None for s in (4, 5))
-    second = make((batch, skip, *space), DEVICE, dtype, layout, seed=6) + offset if skip else None
-    x = make(shape, DEVICE, dtype, layout) + offset
+    second = make((batch, skip, *space), DEVICE, dtype, "channels_last", seed=6) + offset if skip else None
+    x = make(shape, DEVICE, dtype, "channels_last") + offset
+    x[..., :1, :1] += outlier
     return x, groups, weight, bias, 1e-5, True, added, scale, shift, second
 
 
@@ -51,22 +51,18 @@ def run(name: str, args: tuple[Any, ...]) -> Tensor:
         return OPS[name].overload(*args)
 
 
-@pytest.mark.parametrize("major", [9, 8])
-@pytest.mark.parametrize(("name", "shape", "groups", "layout", "more"), GROUPS, ids=[g[0] for g in GROUPS])
-def test_every_cut_of_a_group_norm(name, shape, groups, layout, more, major, monkeypatch):
-    if major == 8 and (DEVICE == "cuda" or "cluster" not in name):
-        pytest.skip("only a cluster is cut otherwise without clusters")
-    monkeypatch.setenv("CUDA_ON_CPU_MAJOR", str(major))
-    args = group_norm_args(shape, groups, layout, torch.bfloat16, torch.bfloat16, **more)
+@pytest.mark.parametrize(("name", "shape", "groups", "more"), GROUPS, ids=[g[0] for g in GROUPS])
+def test_every_cut_of_a_group_norm(name, shape, groups, more):
+    args = group_norm_args(shape, groups, torch.bfloat16, torch.bfloat16, **more)
     check(OPS["group_norm_silu"], "cuda", args)
     last = [a[-1:] if isinstance(a, Tensor) and a.dim() > 1 else a for a in args]
     assert torch.equal(run("group_norm_silu", args)[-1:], run("group_norm_silu", tuple(last)))
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_float32_and_parameters_of_another_dtype(layout):
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_float32_and_parameters_of_another_dtype(offset):
     for dtype in (torch.float32, torch.float16):
-        args = group_norm_args((2, 40, 32, 32), 4, layout, dtype, torch.float32, add=True, modulated=True)
+        args = group_norm_args((2, 40, 32, 32), 4, dtype, torch.float32, add=True, modulated=True, offset=offset)
         check(OPS["group_norm_silu"], "cuda", args)
 
 
@@ -86,12 +82,22 @@ def test_every_width_of_a_row(width, parameters, dtype):
     check(OPS["rms_norm"], "cuda", (x, weight, 1e-6))
 
 
-def test_what_is_too_wide_is_left_to_triton():
+def test_what_is_left_to_triton():
     def why_not(name: str, *args: Any) -> str | bool:
         backend = next(b for b in OPS[name].backends if b.name == "cuda")
         return backend.supports(*OPS[name].bind(*args))  # type: ignore[misc]
 
     assert why_not("rms_norm", torch.empty(1, 8192)) is True
     assert why_not("rms_norm", torch.empty(1, 8193)) == "takes at most 8192 channels"
-    assert why_not("group_norm_silu", torch.empty(1, 1024, 2, 2), 2) is True
-    assert why_not("group_norm_silu", torch.empty(1, 1026, 2, 2), 2) == "takes at most 512 channels a group"
+    last = torch.empty(2, 642, 2, 2).to(memory_format=torch.channels_last)
+    assert why_not("group_norm_silu", last[:, :640].contiguous(memory_format=torch.channels_last), 2) is True
+    assert why_not("group_norm_silu", last, 2) == "takes at most 320 channels a group"
+    assert "channels_last" in str(why_not("group_norm_silu", last.contiguous(), 2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_spoils_its_own_group_and_no_other(value):
+    args = group_norm_args((2, 32, 48, 40), 4, torch.bfloat16, torch.bfloat16)
+    args[0][1, 13, 40, 7] = value
+    groups = run("group_norm_silu", args).unflatten(1, (4, 8)).isnan().flatten(2)
+    assert groups.all(2).tolist() == groups.any(2).tolist() == [[False] * 4, [False, True, False, False]]

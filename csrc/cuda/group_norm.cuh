@@ -1,14 +1,17 @@
-// What the kernels of a group norm share: the moments of groups, and the parameters of channels.
+// What the kernels of a group norm share: how a block reads a channels_last sample, and the moments of groups.
 //
-// A block reads a slab, some whole groups of channels, of a run of pixels. A thread takes the mean of its values and
-// the squares about that mean while they are in its registers; moments are then pooled in a fixed order (Chan et al.
-// 1979), never E[x^2] - E[x]^2.
+// A block reads whole rows of a run of pixels. A thread keeps to one vector of V channels and takes every `rows`-th
+// pixel. Moments are sums of deviations from one of the values that they are of, so that nothing cancels far from zero,
+// and are pooled in a fixed order; never E[x^2] - E[x]^2.
 #pragma once
 
 #include "approx.cuh"
 #include "numbers.cuh"
 
 namespace diffkern {
+
+constexpr int kGroupThreads = 320;  // of a block at most; a multiple of the vectors in the rows of most UNets and VAEs
+constexpr int kInFlight = 4;      // vectors that a thread reads at a time
 
 struct GroupNorm {
   const void *x, *skip;  // skip: null, or the channels after those of x
@@ -20,36 +23,45 @@ struct GroupNorm {
   bool silu;
 };
 
-// How a sample is cut: slabs of `width` channels, each into `runs` of `length` places; decided by its shape alone.
+// How a sample is cut: slabs of `width` channels, nearly always one, each into `runs` of `length` pixels; decided by
+// its shape alone.
 struct GroupCut {
   int width, slabs, runs, threads;
+  int parts;  // that the moments of runs are pooled into, each a thread a group
   int64_t length;
+  uint32_t per_group;  // 2^32 / channels of a group, rounded up: a product is quicker than a division
+
+  __host__ __device__ int groups(const GroupNorm& p) const { return width / p.per_group; }
+  // Exact while channel * channels of a group < 2^32.
+  __host__ __device__ int group_of(int channel) const {
+    return per_group == 0 ? channel : static_cast<int>((static_cast<uint64_t>(channel) * per_group) >> 32);
+  }
 };
 
-// n values, their mean and the squares about it.
+struct Mean {
+  float mean, squares;  // and the squares about it
+};
+
 struct Moments {
-  float n, mean, squares;
+  float n;
+  Mean of;
 };
 
-// All entries e = begin, begin + step, ... < end together.
-template <class At>
-__device__ Moments pooled(int begin, int end, int step, At at) {
-  float n = 0, sum = 0;
-#pragma unroll 4
-  for (int e = begin; e < end; e += step) {
-    const Moments m = at(e);
-    n += m.n;
-    sum += m.n * m.mean;
+// Pools the moments of parts, by deviations from what lies among them. Sums of two with the same `from` are the sum.
+struct Pool {
+  float from, sum = 0, squares = 0;
+
+  __device__ explicit Pool(float from) : from(from) {}
+  __device__ void add(float n, const Mean& part) {
+    const float d = part.mean - from, nd = n * d;
+    sum += nd;
+    squares += part.squares + nd * d;
   }
-  const float mean = n > 0 ? sum / n : 0;
-  float squares = 0;
-#pragma unroll 4
-  for (int e = begin; e < end; e += step) {
-    const Moments m = at(e);
-    squares += m.squares + m.n * (m.mean - mean) * (m.mean - mean);
+  __device__ Mean of(float n) const {
+    const float d = sum / n, rest = squares - sum * d;
+    return {from + d, rest < 0 ? 0.0f : rest};  // NaN stays
   }
-  return {n, mean, squares};
-}
+};
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -59,98 +71,47 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Those of all lanes of a warp together; every lane gets them.
-__device__ inline Moments warp_pooled(const Moments& mine) {
-  const float n = warp_sum(mine.n), sum = warp_sum(mine.n * mine.mean);
-  const float mean = n > 0 ? sum / n : 0;
-  return {n, mean, warp_sum(mine.squares + mine.n * (mine.mean - mean) * (mine.mean - mean))};
-}
+// Where a block is in its sample, and a thread in its block.
+template <class T, int V>
+struct Place {
+  int64_t sample, begin, end;  // pixels
+  int unit, run;               // of all slabs, of this one
+  int first, width;            // channels of the slab; the last of a sample may be narrower than the others
+  int rows, row, column;       // of the block's threads, of this thread; row == rows if it has nothing to do
 
-// Entries 0 to end together, by a whole warp.
-template <class At>
-__device__ Moments warp_pooled(int end, At at) {
-  return warp_pooled(pooled(static_cast<int>(threadIdx.x % 32), end, 32, at));
-}
+  __device__ Place(const GroupNorm& p, const GroupCut& cut, int block) {
+    const int columns = cut.width / V, thread = threadIdx.x;
+    unit = block / cut.runs, run = block % cut.runs;
+    sample = unit / cut.slabs;
+    first = unit % cut.slabs * cut.width;
+    width = cut.width < p.channels - first ? cut.width : p.channels - first;
+    begin = run * cut.length;
+    end = begin + cut.length < p.pixels ? begin + cut.length : p.pixels;
+    rows = blockDim.x / columns;
+    row = thread / columns;
+    column = thread - row * columns;
+    row = row < rows && column * V < width ? row : rows;
+  }
 
-// N floats of shared memory, 16 bytes at a time where there are as many.
-template <int N>
-__device__ __forceinline__ void from_shared(const float* from, float (&out)[N]) {
-  if constexpr (N == 1) {
-    out[0] = *from;
-  } else {
+  __device__ int channel() const { return first + column * V; }
+
+  // The vectors at pixel `at`, at + rows, ... of this run: how many there are.
+  __device__ __forceinline__ int read(const GroupNorm& p, Numbers<T, V> (&raw)[kInFlight], int64_t at) const {
+    const bool mine = channel() < p.own;
+    const int pixel = mine ? p.own : p.channels - p.own;
+    const T* in = static_cast<const T*>(mine ? p.x : p.skip) + (sample * p.pixels + at) * pixel + channel() -
+                  (mine ? 0 : p.own);
+    const int64_t step = int64_t{rows} * pixel;
+    const int left = row < rows ? static_cast<int>(end - at) : 0;
+    int count = 0;
 #pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from + i);
-      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
-    }
-  }
-}
-
-template <int N>
-__device__ __forceinline__ void to_shared(const float (&in)[N], float* to) {
-  if constexpr (N == 1) {
-    *to = in[0];
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      *reinterpret_cast<float4*>(to + i) = make_float4(in[i], in[i + 1], in[i + 2], in[i + 3]);
-    }
-  }
-}
-
-// The channels of a block, and what its threads share about them: silu((x + add - centre) * gain + offset).
-struct Slab {
-  const GroupNorm& p;
-  int64_t sample;
-  int first, width, stride;              // the last slab of a sample may be narrower than the others, `stride`
-  float *add, *centre, *gain, *offset;   // [stride] each
-  float* rest;                           // what a layout shares
-  Moments* group;                        // [groups], behind that
-
-  __device__ Slab(const GroupNorm& p, const GroupCut& cut, int unit, float* room, int rest_size)
-      : p(p),
-        sample(unit / cut.slabs),
-        first(unit % cut.slabs * cut.width),
-        width(cut.width < p.channels - first ? cut.width : p.channels - first),
-        stride(cut.width),
-        add(room),
-        centre(add + stride),
-        gain(centre + stride),
-        offset(gain + stride),
-        rest(offset + stride),
-        group(reinterpret_cast<Moments*>(rest + rest_size)) {}
-
-  __host__ __device__ static int floats(int stride, int per_group, int rest_size) {
-    return 4 * stride + rest_size + 3 * (stride / per_group);
-  }
-
-  __device__ int groups() const { return width / p.per_group; }
-
-  // Gain and offset as if the standard deviation were 1.
-  template <class T>
-  __device__ void load_parameters() const {
-    const int64_t of_sample = sample * p.channels;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-      const int c = first + i;
-      float a = p.weight.data ? p.weight.at<T>(c) : 1.0f, b = p.bias.data ? p.bias.at<T>(c) : 0.0f;
-      if (p.scale.data) {
-        const float factor = 1 + p.scale.at<T>(of_sample + c);
-        a *= factor;
-        b = b * factor + p.shift.at<T>(of_sample + c);
+    for (int i = 0; i < kInFlight; ++i) {
+      if (i * rows < left) {
+        raw[i].read(in + i * step);
+        count = i + 1;
       }
-      add[i] = p.add.data ? p.add.at<T>(of_sample + c) : 0.0f;
-      gain[i] = a;
-      offset[i] = b;
     }
-  }
-
-  // A group's moments, known to a whole warp, for its channels.
-  __device__ void set_group(int g, const Moments& m) const {
-    const float factor = approx_reciprocal_sqrt(m.squares / m.n + p.eps);
-    for (int c = g * p.per_group + static_cast<int>(threadIdx.x % 32); c < (g + 1) * p.per_group; c += 32) {
-      centre[c] = m.mean;
-      gain[c] *= factor;
-    }
+    return count;
   }
 };
 

@@ -3,119 +3,48 @@
 #include "group_norm_silu.cuh"
 #include "parameters.h"
 
+#include <cmath>
 #include <numeric>
 
 namespace diffkern {
 namespace {
 
 constexpr const char* kOp = "diffkern::group_norm_silu";
-constexpr int kWidestGroup = 512;  // channels; diffkern/ops/group_norm_silu.py knows it too
+constexpr int kWidestGroup = kGroupThreads;  // channels; diffkern/ops/group_norm_silu.py knows it too
 
-struct Plan {
-  GroupCut cut;
-  int vector;   // numbers that a thread reads at a time
-  int vectors;  // a thread of `one_pass`; 0: two passes
-};
-
-int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int whole_warps(int64_t threads) { return static_cast<int>(divided(threads, 32) * 32); }
-
-// Cuts a slab of `places`, each of `columns` vectors, into a cluster of at most `most_blocks` blocks whose threads have
-// up to `most_vectors` vectors in registers. False if it does not fit.
-bool fits_one_pass(int64_t places, int columns, int most_blocks, int most_vectors, Plan& plan) {
-  constexpr int64_t kEnough = 20 << 10;  // bytes that a block reads about as fast as it could exchange moments
-  const int64_t bytes = places * columns * 16;
-  int blocks = 1;
-  while (blocks < most_blocks && bytes > blocks * kEnough) {
-    blocks *= 2;
-  }
-  const int64_t length = divided(places, blocks);
-  for (int vectors = 4; vectors <= most_vectors; vectors *= 2) {
-    const int64_t threads = columns * divided(length, vectors);
-    if (threads <= one_pass_threads(vectors)) {
-      plan.cut.runs = blocks;
-      plan.cut.length = length;
-      plan.cut.threads = whole_warps(threads);
-      plan.vectors = vectors;
-      return true;
-    }
-  }
-  return false;
+// The cut for numbers of `size` bytes, V at a time.
+GroupCut cut_for(const GroupNorm& p, int V, int size) {
+  constexpr int64_t kLeast = 8 << 10, kMost = 256;  // bytes of a run; runs, two for each SM of an H100
+  GroupCut cut{};
+  const int narrowest = std::lcm(V, p.per_group);
+  cut.width = std::min(p.channels, kGroupThreads * V / narrowest * narrowest);
+  cut.slabs = (p.channels + cut.width - 1) / cut.width;
+  // Each block of `normalise` reads the moments of all runs: a third as many bytes as of its own run, at most.
+  const int64_t row = int64_t{cut.width} * size, bytes = p.pixels * row;
+  const auto few = static_cast<int64_t>(std::sqrt(static_cast<double>(bytes) / (3 * sizeof(Mean) * cut.groups(p))));
+  const int64_t runs = std::clamp<int64_t>(std::min(few, bytes / kLeast), 1, kMost);
+  cut.length = (p.pixels + runs - 1) / runs;
+  cut.runs = static_cast<int>((p.pixels + cut.length - 1) / cut.length);
+  const int columns = cut.width / V;
+  cut.threads = (columns * static_cast<int>(std::min<int64_t>(kGroupThreads / columns, cut.length)) + 31) / 32 * 32;
+  cut.parts = std::max(1, cut.threads / cut.groups(p));
+  cut.per_group = static_cast<uint32_t>(((uint64_t{1} << 32) + p.per_group - 1) / p.per_group);
+  return cut;
 }
 
-// Cuts a slab for two passes: enough blocks to fill a GPU, few enough that each can pool the moments of all.
-void cut_for_two_passes(int64_t places, int columns, int size, Plan& plan) {
-  constexpr int64_t kBlock = 32 << 10, kMost = 256;
-  const int rows = std::max(1, two_pass_threads(plan.vector) / columns);
-  const int64_t bytes = places * columns * plan.vector * size;
-  const int64_t runs = std::clamp<int64_t>(divided(bytes, kBlock), 1, kMost);
-  plan.cut.length = divided(divided(places, runs), rows) * rows;
-  plan.cut.runs = static_cast<int>(divided(places, plan.cut.length));
-  plan.cut.threads = whole_warps(int64_t{columns} * rows);
-  plan.vectors = 0;
-}
-
-Plan plan_contiguous(const GroupNorm& p, int size, bool is_aligned, int most_blocks) {
-  Plan plan{};
-  plan.cut.width = p.per_group;
-  plan.cut.slabs = p.channels / p.per_group;
-  plan.vector = is_aligned && p.pixels % (16 / size) == 0 ? 16 / size : 1;
-  const int64_t places = p.pixels / plan.vector * p.per_group;
-  if (plan.vector == 1 || !fits_one_pass(places, 1, most_blocks, 4, plan)) {
-    cut_for_two_passes(places, 1, size, plan);
-  }
-  return plan;
-}
-
-Plan plan_channels_last(const GroupNorm& p, int size, bool is_aligned, int most_blocks) {
-  Plan plan{};
-  const int wide = 16 / size;
-  const bool whole = p.own % wide == 0 && p.channels % wide == 0 && std::lcm(wide, p.per_group) <= kWidestGroup;
-  plan.vector = is_aligned && whole ? wide : 1;
-  const int narrowest = std::lcm(plan.vector, p.per_group);
-  // Slabs of at least so many bytes a pixel, which lie together.
-  const auto columns = [&](int bytes) {
-    plan.cut.width = static_cast<int>(std::min<int64_t>(divided(bytes, narrowest * size) * narrowest, p.channels));
-    plan.cut.slabs = static_cast<int>(divided(p.channels, plan.cut.width));
-    return plan.cut.width / plan.vector;
-  };
-  // Half a cache line or more: with short runs, else a quarter with long ones.
-  if (plan.vector > 1 && (fits_one_pass(p.pixels, columns(64), most_blocks, 8, plan) ||
-                          fits_one_pass(p.pixels, columns(32), most_blocks, 16, plan))) {
-    return plan;
-  }
-  cut_for_two_passes(p.pixels, columns(128), size, plan);
-  return plan;
-}
-
-template <class Layout, class T, int V>
-void run(const Launch& launch, const Tensor& x, const GroupNorm& p, const Plan& plan) {
-  const GroupCut& cut = plan.cut;
-  const int64_t units = x.size(0) * cut.slabs, blocks = units * cut.runs;
+template <class T, int V>
+void run(const Launch& launch, const Tensor& x, const GroupNorm& p) {
+  const GroupCut cut = cut_for(p, V, sizeof(T));
+  const int groups = cut.groups(p);
+  const int64_t blocks = x.size(0) * cut.slabs * cut.runs;
   check(blocks <= INT32_MAX, kOp, ": the batch is too large");
   const dim3 grid(static_cast<unsigned>(blocks));
-  const int rest = Layout::rest_size(cut.threads, cut.width), groups = cut.width / p.per_group;
-  const int shared = static_cast<int>(sizeof(float)) * Slab::floats(cut.width, p.per_group, rest);
-  if constexpr (V > 1) {
-    const auto in_one_pass = [&](auto kernel) {
-      launch.in_clusters(cut.runs, kernel, grid, cut.threads, shared, p, cut);
-    };
-    if (plan.vectors == 4) {
-      return in_one_pass(one_pass<Layout, T, V, 4>);
-    }
-    if constexpr (std::is_same_v<Layout, ChannelsLast<T, V>>) {
-      if (plan.vectors == 8) {
-        return in_one_pass(one_pass<Layout, T, V, 8>);
-      }
-      if (plan.vectors == 16) {
-        return in_one_pass(one_pass<Layout, T, V, 16>);
-      }
-    }
-  }
-  const Tensor room = empty_on(x, {blocks * groups * 3}, ScalarType::Float);
-  Moments* partial = static_cast<Moments*>(room.mutable_data_ptr());
-  launch(group_moments<Layout, T, V>, grid, cut.threads, shared, p, cut, partial);
-  launch(normalise<Layout, T, V>, grid, cut.threads, shared, p, cut, partial);
+  const Tensor room = empty_on(x, {blocks * groups * 2}, ScalarType::Float);
+  Mean* partial = static_cast<Mean*>(room.mutable_data_ptr());
+  constexpr int kFloat = sizeof(float);
+  const int rows = cut.threads / (cut.width / V);
+  launch(group_moments<T, V>, grid, cut.threads, kFloat * moments_room(rows, cut.width), p, cut, partial);
+  launch.after(normalise<T, V>, grid, cut.threads, kFloat * pooling_room(cut.parts, groups), p, cut, partial);
 }
 
 Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const MaybeTensor& weight, const MaybeTensor& bias,
@@ -126,18 +55,17 @@ Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const MaybeTensor& w
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   if (skip) {
     shape[1] = more;
-    check(skip->scalar_type() == x.scalar_type() && has_shape(*skip, shape) &&
-              (x.is_contiguous() ? skip->is_contiguous() : is_channels_last(*skip)),
-          kOp, ": skip must have the dtype, the layout and, but for the channels, the shape of x, ", shape_of(x),
-          ", got ", shape_of(*skip));
+    check(skip->scalar_type() == x.scalar_type() && has_shape(*skip, shape) && is_channels_last(*skip), kOp,
+          ": skip must have the dtype, the layout and, but for the channels, the shape of x, ", shape_of(x), ", got ",
+          shape_of(*skip));
   }
   check(num_groups >= 1 && channels % num_groups == 0, kOp, ": num_groups is ", num_groups,
         ", allowed are the divisors of the ", channels, " channels");
   check(channels / num_groups <= kWidestGroup, kOp, ": takes at most ", kWidestGroup, " channels a group");
   check((scale.has_value() == shift.has_value()), kOp, ": give scale and shift together or neither");
-  const bool channels_last = dense(kOp, "x", x).channels_last;
+  check(is_channels_last(x), kOp, ": x must be channels_last");
   shape[1] = channels;
-  const Tensor y = empty_on(x, shape, x.scalar_type(), channels_last);
+  const Tensor y = empty_on(x, shape, x.scalar_type(), true);
   if (y.numel() == 0) {
     return y;
   }
@@ -159,18 +87,11 @@ Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const MaybeTensor& w
   p.eps = static_cast<float>(eps);
   p.silu = silu;
   const Launch launch(kOp, x, weight, bias, add, scale, shift, skip);
-  const bool is_aligned = aligned(p.x, p.skip, p.y);
+  const bool is_aligned = aligned(p.x, p.skip, p.y, p.add.data, p.weight.data, p.bias.data, p.scale.data, p.shift.data);
   with_dtype(kOp, dtype, [&]<class T>(T*) {
     constexpr int V = kWide<T>;
-    const int most_blocks = launch.has_clusters() ? 8 : 1;
-    if (channels_last || p.pixels == 1) {
-      const Plan plan = plan_channels_last(p, sizeof(T), is_aligned, most_blocks);
-      (plan.vector == 1 ? run<ChannelsLast<T, 1>, T, 1> : run<ChannelsLast<T, V>, T, V>)(launch, x, p, plan);
-    } else {
-      check(p.pixels * p.per_group <= INT32_MAX, kOp, ": a group is too large");
-      const Plan plan = plan_contiguous(p, sizeof(T), is_aligned, most_blocks);
-      (plan.vector == 1 ? run<Contiguous<T, 1>, T, 1> : run<Contiguous<T, V>, T, V>)(launch, x, p, plan);
-    }
+    const bool whole = own % V == 0 && channels % V == 0 && std::lcm(V, p.per_group) <= kWidestGroup;
+    (is_aligned && whole ? run<T, V> : run<T, 1>)(launch, x, p);
   });
   return y;
 }

@@ -1,115 +1,197 @@
-// group_norm_silu, see diffkern/ops/group_norm_silu.py.
-//
-// `one_pass`: a slab stays in the registers of one block, or of the blocks of a cluster, which exchange the moments of
-// their runs through distributed shared memory: it is read once. `group_moments` and `normalise`: the same in two passes
-// over memory, for what does not fit. How a sample is cut depends on its own shape only, so that its result does not
-// depend on its batch.
+// group_norm_silu, see diffkern/ops/group_norm_silu.py: `group_moments` reads what `normalise` reads again, from the
+// cache if that is large enough. How a sample is cut depends on its own shape only, so that its result does not depend
+// on its batch.
 #pragma once
 
-#include "cluster.cuh"
-#include "group_norm_channels_last.cuh"
-#include "group_norm_contiguous.cuh"
-
-#include <algorithm>
-#include <numeric>
+#include "chained.cuh"
+#include "group_norm.cuh"
 
 namespace diffkern {
 
-// Threads of a block at most, by the vectors that each has in registers; and of the two-pass kernels, one number a
-// thread or a vector.
-constexpr int one_pass_threads(int vectors) { return vectors == 4 ? 384 : vectors == 8 ? 320 : 512; }
-constexpr int two_pass_threads(int vector) { return vector > 1 ? 256 : 512; }
-constexpr int kInFlight = 4;  // vectors that a thread of the two-pass kernels has in flight
+// Floats that the blocks share, for so many rows of threads, or parts that moments are pooled into.
+inline int moments_room(int rows, int width) { return (2 * rows + 1) * width + rows; }
+inline int pooling_room(int parts, int groups) { return 2 * parts * groups; }
 
-// The places of a block's run.
-struct Run {
-  int64_t begin, end;
-
-  __device__ Run(const GroupCut& cut, int run, int64_t length)
-      : begin(run * cut.length), end(begin + cut.length < length ? begin + cut.length : length) {}
-};
-
-template <class Layout, class T, int V, int kVectors>
-__global__ void __launch_bounds__(one_pass_threads(kVectors), kVectors > 8 ? 1 : 2)
-    one_pass(GroupNorm p, GroupCut cut) {
-  const Layout slab(p, cut, blockIdx.x / cut.runs, dynamic_shared());
-  const Run run(cut, block_rank(), Layout::length(p));
-  const int64_t at = run.begin + slab.start();
-  Numbers<T, V> raw[kVectors];
-  const int count = slab.read(raw, at, run.end);
-  slab.template load_parameters<T>();
-  __syncthreads();
-
-  float mean[Layout::kSums], squares[Layout::kSums];
-  slab.moments(raw, count, at, mean, squares);
-  slab.pool(static_cast<float>(count), mean, squares);
-  cluster_arrive();
-  cluster_wait();
-  for (int g = threadIdx.x / 32; g < slab.groups(); g += blockDim.x / 32) {
-    slab.set_group(g, warp_pooled(cut.runs, [&](int rank) { return *of_block(slab.group + g, rank); }));
-  }
-  cluster_arrive();  // the others may leave: their moments have been read
-  __syncthreads();
-  slab.write(raw, count, at);
-  cluster_wait();
-}
-
-// partial: [B, slabs, groups of a slab, runs].
-template <class Layout, class T, int V>
-__global__ void __launch_bounds__(two_pass_threads(V), V > 1 ? 2 : 1)
-    group_moments(GroupNorm p, GroupCut cut, Moments* partial) {
-  const int unit = blockIdx.x / cut.runs, part = blockIdx.x % cut.runs;
-  const Layout slab(p, cut, unit, dynamic_shared());
-  const Run run(cut, part, Layout::length(p));
-  slab.template load_parameters<T>();
-  __syncthreads();
-
-  float n = 0, mean[Layout::kSums] = {}, squares[Layout::kSums] = {};
-  for (int64_t at = run.begin + slab.start(); at < run.end; at += kInFlight * slab.step()) {
-    Numbers<T, V> raw[kInFlight];
-    const int count = slab.read(raw, at, run.end);
-    if (count == 0) {
-      break;
-    }
-    float more_mean[Layout::kSums], more_squares[Layout::kSums];
-    slab.moments(raw, count, at, more_mean, more_squares);
-    const float more = static_cast<float>(count), share = more / (n + more);
-#pragma unroll
-    for (int k = 0; k < Layout::kSums; ++k) {
-      const float d = more_mean[k] - mean[k];
-      mean[k] += d * share;
-      squares[k] += more_squares[k] + d * d * (n * share) * (V / Layout::kSums);
-    }
-    n += more;
-  }
-  slab.pool(n, mean, squares);
-  __syncthreads();
-  for (int g = threadIdx.x; g < slab.groups(); g += blockDim.x) {
-    partial[(int64_t{unit} * (cut.width / p.per_group) + g) * cut.runs + part] = slab.group[g];
-  }
-}
-
-template <class Layout, class T, int V>
-__global__ void __launch_bounds__(two_pass_threads(V), V > 1 ? 2 : 1)
-    normalise(GroupNorm p, GroupCut cut, const Moments* partial) {
-  // Backwards: what `group_moments` read last is still in the cache.
-  const int block = gridDim.x - 1 - blockIdx.x, unit = block / cut.runs, part = block % cut.runs;
-  const Layout slab(p, cut, unit, dynamic_shared());
-  const Run run(cut, part, Layout::length(p));
-  int64_t at = run.begin + slab.start();
+// partial: [B, slabs, runs, groups of a slab].
+template <class T, int V>
+__global__ void __launch_bounds__(kGroupThreads, 2) group_moments(GroupNorm p, GroupCut cut, Mean* partial) {
+  let_next_begin();
+  const Place<T, V> here(p, cut, blockIdx.x);
+  const int groups = cut.groups(p), rows = here.rows, stride = cut.width;
   Numbers<T, V> raw[kInFlight];
-  int count = slab.read(raw, at, run.end);  // on its way while moments are pooled
-  slab.template load_parameters<T>();
-  __syncthreads();
-  for (int g = threadIdx.x / 32; g < slab.groups(); g += blockDim.x / 32) {
-    const Moments* of_group = partial + (int64_t{unit} * (cut.width / p.per_group) + g) * cut.runs;
-    slab.set_group(g, warp_pooled(cut.runs, [&](int r) { return of_group[r]; }));
+  int64_t at = here.begin + here.row;
+  int count = here.read(p, raw, at);
+  float *added = dynamic_shared(), *means = added + stride, *all_squares = means + rows * stride;
+  float* ns = all_squares + rows * stride;
+  for (int c = threadIdx.x; c < here.width; c += blockDim.x) {
+    added[c] = p.add.data ? p.add.at<T>(here.sample * p.channels + here.first + c) : 0.0f;
+  }
+
+  float from[V], sum[V], squares[V], n = 0;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    from[k] = count > 0 ? raw[0][k] : 0.0f, sum[k] = 0, squares[k] = 0;
+  }
+  while (count > 0) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (i < count) {
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const float d = raw[i][k] - from[k];
+          sum[k] += d;
+          squares[k] += d * d;
+        }
+      }
+    }
+    n += static_cast<float>(count);
+    at += kInFlight * rows;
+    count = here.read(p, raw, at);
+  }
+
+  if (here.row < rows) {
+    const float share = 1.0f / (n > 0 ? n : 1.0f);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const float d = sum[k] * share;
+      squares[k] = squares[k] < sum[k] * d ? 0.0f : squares[k] - sum[k] * d;  // NaN stays
+      sum[k] = from[k] + d;
+    }
+    const int mine = here.row * stride + here.column * V;
+    write_numbers(sum, means + mine);
+    write_numbers(squares, all_squares + mine);
+    if (here.column == 0) {
+      ns[here.row] = n;
+    }
   }
   __syncthreads();
+  const float in_run = static_cast<float>((here.end - here.begin) * p.per_group);
+  const int lane = threadIdx.x % 32;
+  const int entries = p.per_group * (here.end - here.begin < rows ? static_cast<int>(here.end - here.begin) : rows);
+  for (int g = threadIdx.x / 32; g < here.width / p.per_group; g += blockDim.x / 32) {
+    const int first = g * p.per_group;
+    const auto entry = [&](int e) {
+      const int row = cut.group_of(e), c = first + e - row * p.per_group, i = row * stride + c;
+      return Moments{ns[row], {means[i] + added[c], all_squares[i]}};
+    };
+    // From the mean of the first 32, not of one, which may be far out.
+    Pool pool(warp_sum(lane < entries ? entry(lane).of.mean : 0) / static_cast<float>(entries < 32 ? entries : 32));
+#pragma unroll 4
+    for (int e = lane; e < entries; e += 32) {
+      const Moments m = entry(e);
+      pool.add(m.n, m.of);
+    }
+    pool.sum = warp_sum(pool.sum), pool.squares = warp_sum(pool.squares);
+    if (lane == 0) {
+      partial[static_cast<int64_t>(blockIdx.x) * groups + g] = pool.of(in_run);
+    }
+  }
+}
+
+// silu((x + centre) * gain + offset), by channel.
+template <class T, int V>
+__global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, GroupCut cut, const Mean* partial) {
+  // Backwards: what `group_moments` read last is still in the cache.
+  const Place<T, V> here(p, cut, gridDim.x - 1 - blockIdx.x);
+  const int groups = cut.groups(p), rows = here.rows, parts = cut.parts;
+  Numbers<T, V> raw[kInFlight];
+  int64_t at = here.begin + here.row;
+  int count = here.read(p, raw, at);  // on its way, as the parameters are, while moments are pooled
+  float centre[V], gain[V], offset[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    centre[k] = 0, gain[k] = 1, offset[k] = 0;
+  }
+  if (here.row < rows) {
+    const int c = here.channel();
+    const int64_t of_sample = here.sample * p.channels + c;
+    if (p.add.data) {
+      p.add.read<T>(of_sample, centre);
+    }
+    if (p.weight.data) {
+      p.weight.read<T>(c, gain);
+    }
+    if (p.bias.data) {
+      p.bias.read<T>(c, offset);
+    }
+    if (p.scale.data) {
+      float more[V];
+      p.scale.read<T>(of_sample, more);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        gain[k] *= 1 + more[k];
+        offset[k] *= 1 + more[k];
+      }
+      p.shift.read<T>(of_sample, more);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        offset[k] += more[k];
+      }
+    }
+  }
+
+  wait_for_last();
+  Mean* pooled = reinterpret_cast<Mean*>(dynamic_shared());  // [parts, groups]: sums first, then moments in the first
+  const Mean* of_slab = partial + static_cast<int64_t>(here.unit) * cut.runs * groups;
+  const float full = static_cast<float>(cut.length * p.per_group);
+  const float last = static_cast<float>((p.pixels - (cut.runs - 1) * cut.length) * p.per_group);
+  const int there = here.width / p.per_group;
+  for (int e = threadIdx.x; e < parts * groups; e += blockDim.x) {
+    const int part = e / groups, g = e - part * groups;
+    if (g < there) {
+      Pool pool(of_slab[g].mean);
+#pragma unroll 4
+      for (int run = part; run < cut.runs; run += parts) {
+        pool.add(run + 1 < cut.runs ? full : last, of_slab[run * groups + g]);
+      }
+      pooled[e] = {pool.sum, pool.squares};
+    }
+  }
+  __syncthreads();
+  for (int g = threadIdx.x; g < there; g += blockDim.x) {
+    Pool pool(of_slab[g].mean);
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part) {
+      pool.sum += pooled[part * groups + g].mean;
+      pool.squares += pooled[part * groups + g].squares;
+    }
+    const float n = full * static_cast<float>(cut.runs - 1) + last;
+    const Mean m = pool.of(n);
+    pooled[g] = {m.mean, approx_reciprocal_sqrt(m.squares / n + p.eps)};
+  }
+  __syncthreads();
+  if (here.row < rows) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const Mean& of_group = pooled[cut.group_of(here.column * V + k)];
+      centre[k] -= of_group.mean;
+      gain[k] *= of_group.squares;
+    }
+  }
+
+  T* out = static_cast<T*>(p.y) + (here.sample * p.pixels + at) * p.channels + here.channel();
+  const int64_t step = int64_t{rows} * p.channels;
   while (count > 0) {
-    slab.write(raw, count, at);
-    at += kInFlight * slab.step();
-    count = slab.read(raw, at, run.end);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (i < count) {
+#pragma unroll
+        for (int k = 0; k < V; k += 2) {
+          constexpr int kStep = V < 2 ? 1 : 2;
+          float y[kStep];
+#pragma unroll
+          for (int j = 0; j < kStep; ++j) {
+            y[j] = (raw[i][k + j] + centre[k + j]) * gain[k + j] + offset[k + j];
+            y[j] = p.silu ? silu(y[j]) : y[j];
+          }
+          raw[i].set(k, y);
+        }
+        raw[i].write(out + i * step);
+      }
+    }
+    out += kInFlight * step;
+    at += kInFlight * rows;
+    count = here.read(p, raw, at);
   }
 }
 

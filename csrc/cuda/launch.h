@@ -41,20 +41,25 @@ class Launch {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                   Arguments... arguments) const {
-    in_clusters(1, kernel, grid, threads, shared_bytes, arguments...);
+    start(false, kernel, grid, threads, shared_bytes, arguments...);
   }
 
-  // The same in clusters of so many blocks.
+  // The same, but it may begin before the kernel that was launched last, by this object, has ended: see chained.cuh.
   template <class... Parameters, class... Arguments>
-  void in_clusters(int blocks, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
-                   Arguments... arguments) const {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  void after(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, Arguments... arguments) const {
+    start(can_chain(), kernel, grid, threads, shared_bytes, arguments...);
+  }
+
+ private:
+  template <class... Parameters, class... Arguments>
+  void start(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+             Arguments... arguments) const {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.attrs = &cluster;
-    config.numAttrs = blocks > 1;
+    config.attrs = &attribute;
+    config.numAttrs = early;
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
@@ -63,8 +68,8 @@ class Launch {
     check(error == cudaSuccess, op_, ": the launch failed: ", cudaGetErrorString(error));
   }
 
-  // Whether the device has clusters, and this library was compiled for one that has.
-  bool has_clusters() const {
+  // Whether the device can do that, and this library was compiled for one that can.
+  bool can_chain() const {
 #ifdef __CUDA_ARCH_LIST__
     constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
     if (*std::max_element(std::begin(kArchitectures), std::end(kArchitectures)) < 900) {
@@ -75,7 +80,6 @@ class Launch {
     return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_) == cudaSuccess && major >= 9;
   }
 
- private:
   using CurrentStream = AOTITorchError (*)(int32_t, void**);
 
   static CurrentStream current_stream() {

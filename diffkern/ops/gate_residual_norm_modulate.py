@@ -14,6 +14,7 @@ from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.layer_norm_modulate import (
     SHAPES,
     WORKLOADS,
+    defers_to_triton,
     gradients,
     layer_norm_modulate,
     why_not,
@@ -83,7 +84,7 @@ def _supports_cuda(x: Tensor, y: Tensor, *args: Any) -> bool | str:
     return "takes x and y of one dtype" if x.dtype != y.dtype else why_not_in_cuda(x, *args[:-1])
 
 
-@gate_residual_norm_modulate.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+@gate_residual_norm_modulate.backend("cuda", devices=("cuda",), supports=_supports_cuda, defers=defers_to_triton)
 def _(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None,
     eps: float,

@@ -60,10 +60,14 @@ def supports(
     return fast_dtype(x.dtype)
 
 
-_WIDEST = 512  # channels of a group that a block of the CUDA kernels takes
+_WIDEST = 320  # channels of a group that a block of the CUDA kernels takes
 
 
 def _supports_cuda(x: Tensor, num_groups: int, *rest: Any) -> bool | str:
+    if memory_format(x) is not torch.channels_last:
+        return "takes channels_last: Triton is faster on contiguous tensors"
+    if rest[-1] is not None and not rest[-1].is_contiguous(memory_format=torch.channels_last):
+        return "takes a skip in the layout of x"
     channels = x.shape[1] + (0 if rest[-1] is None else rest[-1].shape[1])
     if num_groups > 0 and channels > _WIDEST * num_groups:
         return f"takes at most {_WIDEST} channels a group"

@@ -100,6 +100,13 @@ def why_not_in_cuda(x: Tensor, *parameters: Tensor | None) -> bool | str:
     return why_not_on_gpu(x, *parameters, widest=_WIDEST_IN_CUDA)
 
 
+def defers_to_triton(x: Tensor, *args: Any) -> str | None:
+    """Measured on an H200, in graphs, in bfloat16: with 8 x 256 x 384 numbers the CUDA kernel takes 2.4 us and Triton's
+    2.9, with a residual 3.2 and 3.6; with three times as many 5.1 and 4.8, 6.4 and 5.6; with more it never wins by more
+    than the noise."""
+    return "Triton is faster for more than 2^20 numbers" if x.numel() > 1 << 20 else None
+
+
 def _supports_cuda(x: Tensor, *args: Any) -> bool | str:
     fits = why_not_in_cuda(x)
     return _supports_triton(x, *args) if fits is True else fits
@@ -111,7 +118,7 @@ def _supports_triton(x: Tensor, *args: Any) -> bool | str:
     return why_not_on_gpu(x, *args[:-1])
 
 
-@layer_norm_modulate.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+@layer_norm_modulate.backend("cuda", devices=("cuda",), supports=_supports_cuda, defers=defers_to_triton)
 def _(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:

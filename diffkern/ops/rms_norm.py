@@ -41,16 +41,18 @@ def _supports_cuda(x: Tensor, weight: Tensor | None, eps: float) -> bool | str:
     return _supports(x, weight, eps) if fits is True else fits
 
 
-@rms_norm.backend("cuda", devices=("cuda",), supports=_supports_cuda)
-def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.ops.diffkern_CUDA.rms_norm(x, weight, eps)
-
-
+# Measured on an H200, in graphs, in bfloat16: Triton takes 2.8 us for 8 x 256 x 384 numbers and 16.4 for 4608 x 3072,
+# the CUDA kernel 2.9 and 23.4.
 @rms_norm.backend("triton", devices=("cuda",), supports=_supports_triton)
 def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     from diffkern.kernels.rms_norm import rms_norm as kernel
 
     return kernel(x, weight, eps)
+
+
+@rms_norm.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return torch.ops.diffkern_CUDA.rms_norm(x, weight, eps)
 
 
 @rms_norm.backend("cpu", devices=("cpu",), supports=_supports)

@@ -3,7 +3,7 @@
 //
 // Each thread of a block is a fiber. It runs until it waits, for its block (__syncthreads) or for its warp (shuffles);
 // all others then do. So a thread that reads what another has yet to write finds NaN, and a barrier that not all reach
-// is an error. Blocks run one after the other, in an order that REVERSED turns round; those of a cluster run together.
+// is an error. Blocks run one after the other, in an order that REVERSED turns round.
 #pragma once
 
 #include <ucontext.h>
@@ -48,10 +48,9 @@ constexpr int warpSize = 32;
 
 namespace cuda_on_cpu {
 
-constexpr size_t kStack = 64 << 10, kMaxShared = 232448;
-constexpr unsigned kMaxCluster = 8;
+constexpr size_t kStack = 64 << 10, kMaxShared = 48 << 10;  // what a kernel gets without asking for more
 
-enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kWaitsForCluster, kEnded };
+enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kEnded };
 
 struct Fiber {
   ucontext_t context;
@@ -60,16 +59,14 @@ struct Fiber {
   // What the thread shows its warp, in turns: the next shuffle must not overwrite what a slower lane has yet to read.
   uint64_t shown[2] = {};
   unsigned shuffles = 0;
-  unsigned arrivals = 0;  // at the barrier of its cluster
 };
 
-// A block, or the blocks of a cluster one after the other.
 struct Block {
   std::vector<Fiber> fibers;
   std::function<void()> kernel;
   ucontext_t scheduler;
   unsigned current = 0;
-  alignas(128) char shared[kMaxCluster][kMaxShared];  // dynamic, of each block
+  alignas(128) char shared[kMaxShared];  // dynamic
 };
 
 inline Block block;
@@ -108,93 +105,55 @@ inline bool release(unsigned begin, unsigned end, State state) {
   return waiting;
 }
 
-// Lets those go on that wait for a barrier of the cluster at which all threads that have not ended arrived.
-inline bool release_cluster(unsigned threads) {
-  unsigned arrivals = ~0u;
+// Runs block number `b`. What it shares is NaN before it starts.
+inline void run_block(uint64_t b, unsigned threads, size_t shared_bytes) {
+  blockIdx = dim3(b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y);
   for (unsigned i = 0; i < threads; ++i) {
-    if (const Fiber& f = block.fibers[i]; f.state != State::kEnded && f.arrivals < arrivals) {
-      arrivals = f.arrivals;
-    }
-  }
-  bool released = false;
-  for (unsigned i = 0; i < threads; ++i) {
-    if (Fiber& f = block.fibers[i]; f.state == State::kWaitsForCluster && f.arrivals <= arrivals) {
-      f.state = State::kRuns;
-      released = true;
-    }
-  }
-  return released;
-}
-
-// Runs the blocks of a cluster, of which most have one. What a block shares is NaN before it starts and after it ends.
-inline void run_cluster(uint64_t first, unsigned blocks, unsigned threads, size_t shared_bytes) {
-  const unsigned all = blocks * threads;
-  for (unsigned i = 0; i < all; ++i) {
     Fiber& f = block.fibers[i];
     f.state = State::kRuns;
-    f.shuffles = f.arrivals = 0;
+    f.shuffles = 0;
     getcontext(&f.context);
     f.context.uc_stack = {f.stack.get(), 0, kStack};
     f.context.uc_link = &block.scheduler;
     makecontext(&f.context, run_fiber, 0);
   }
-  for (unsigned rank = 0; rank < blocks; ++rank) {
-    std::memset(block.shared[rank], 0xff, shared_bytes);
-  }
+  std::memset(block.shared, 0xff, shared_bytes);
   for (bool going = true; going;) {
-    for (unsigned i = 0; i < all; ++i) {
+    for (unsigned i = 0; i < threads; ++i) {
       if (block.fibers[i].state == State::kRuns) {
         block.current = i;
-        const uint64_t b = first + i / threads;
-        blockIdx = dim3(b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y);
-        threadIdx = dim3(i % threads);
+        threadIdx = dim3(i);
         swapcontext(&block.scheduler, &block.fibers[i].context);
       }
     }
     going = false;
-    for (unsigned begin = 0; begin < all; begin += threads) {
-      for (unsigned warp = 0; warp < threads; warp += warpSize) {
-        const unsigned end = warp + warpSize < threads ? warp + warpSize : threads;
-        going |= release(begin + warp, begin + end, State::kWaitsForWarp);
-      }
+    for (unsigned warp = 0; warp < threads; warp += warpSize) {
+      going |= release(warp, warp + warpSize < threads ? warp + warpSize : threads, State::kWaitsForWarp);
     }
-    for (unsigned begin = 0; begin < all && !going; begin += threads) {
-      going |= release(begin, begin + threads, State::kWaitsForBlock);
-    }
-    going = going || release_cluster(all);
-    for (unsigned begin = 0; blocks > 1 && begin < all; begin += threads) {
-      bool ended = true;
-      for (unsigned i = begin; i < begin + threads; ++i) {
-        ended &= block.fibers[i].state == State::kEnded;
-      }
-      if (ended) {
-        std::memset(block.shared[begin / threads], 0xff, shared_bytes);
-      }
-    }
+    going = going || release(0, threads, State::kWaitsForBlock);
   }
-  for (unsigned i = 0; i < all; ++i) {
+  for (unsigned i = 0; i < threads; ++i) {
     if (block.fibers[i].state != State::kEnded) {
       fail("threads of one block wait for each other at different places");
     }
   }
 }
 
-inline void run_grid(dim3 grid, unsigned cluster, unsigned threads, size_t shared_bytes,
-                     std::function<void()> kernel) {
+inline void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, std::function<void()> kernel) {
   if (threads == 0 || threads > 1024 || shared_bytes > kMaxShared || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-      grid.y > 65535 || grid.z > 65535 || cluster == 0 || cluster > kMaxCluster || grid.x % cluster != 0) {
+      grid.y > 65535 || grid.z > 65535) {
     fail("a launch that CUDA would refuse");
   }
-  if (block.fibers.size() < cluster * threads) {
-    block.fibers = std::vector<Fiber>(cluster * threads);
+  if (block.fibers.size() < threads) {
+    block.fibers = std::vector<Fiber>(threads);
   }
   block.kernel = std::move(kernel);
   blockDim = dim3(threads);
   gridDim = grid;
   const bool reversed = std::getenv("CUDA_ON_CPU_REVERSED") != nullptr;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; i += cluster) {
-    run_cluster(reversed ? blocks - cluster - i : i, cluster, threads, shared_bytes);
+  for (uint64_t i = 0; i < blocks; ++i) {
+    run_block(reversed ? blocks - 1 - i : i, threads, shared_bytes);
   }
 }
 
@@ -212,15 +171,7 @@ T shuffle(T value, unsigned from) {
   return value;
 }
 
-// What a kernel says in instructions of its own (csrc/cuda/cluster.cuh).
-inline int block_rank() { return static_cast<int>(block.current / blockDim.x); }
-inline float* dynamic_shared() { return reinterpret_cast<float*>(block.shared[block_rank()]); }
-inline void cluster_arrive() { ++block.fibers[block.current].arrivals; }
-inline void cluster_wait() { wait(State::kWaitsForCluster); }
-template <class T>
-const T* of_block(const T* shared, int rank) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(shared) + (rank - block_rank()) * kMaxShared);
-}
+inline float* dynamic_shared() { return reinterpret_cast<float*>(block.shared); }
 
 }  // namespace cuda_on_cpu
 
@@ -254,11 +205,9 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-union cudaLaunchAttributeValue {
-  struct {
-    unsigned x, y, z;
-  } clusterDim;
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttributeValue {
+  int programmaticStreamSerializationAllowed;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -280,18 +229,14 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-// A Hopper, or the GPU that CUDA_ON_CPU_MAJOR says.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  const char* major = std::getenv("CUDA_ON_CPU_MAJOR");
-  *value = major == nullptr ? 9 : std::atoi(major);
+  *value = 9;  // a Hopper
   return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
-  cuda_on_cpu::run_grid(config->gridDim, cluster, config->blockDim.x, config->dynamicSmemBytes,
-                        [=] { kernel(arguments...); });
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...), Arguments... arguments) {
+  cuda_on_cpu::run_grid(c->gridDim, c->blockDim.x, c->dynamicSmemBytes, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
