@@ -27,8 +27,9 @@ DIFFKERN_HD void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low)
 #endif
 }
 
-DIFFKERN_HD Words words(uint32_t key0, uint32_t key1, Words c) {
-  for (int round = 0; round < kRounds; ++round) {
+// The random words of a counter; or of one after `done` rounds, with the keys of the next.
+DIFFKERN_HD Words words(uint32_t key0, uint32_t key1, Words c, int done = 0) {
+  for (int round = done; round < kRounds; ++round) {
     uint32_t high0, low0, high1, low1;
     multiply(kMultiplier0, c.w[0], high0, low0);
     multiply(kMultiplier1, c.w[2], high1, low1);

@@ -19,9 +19,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = clamp_row(timestep[sample], rows);
   const float alpha = alpha_sigma[2 * row], sigma = alpha_sigma[2 * row + 1];
   const int64_t first = sample * cut.n;
-  for_each_noisy_run<kChannelsLast, N>(cut, stream_of(keys, sample, draw), [&](int64_t at, int count, auto& z) {
+  const auto read = [&](int64_t at, int count) {
+    Early<kAligned, T, N> x;
+    x.read(x0 + first + at, count);
+    return x;
+  };
+  const Stream stream = stream_of(key_of(keys, sample), draw);
+  for_each_noisy_run<kChannelsLast, N>(cut, stream, read, [&](int64_t at, int count, auto& z, const auto& held) {
     float x[N];
-    load<kAligned>(x0 + first + at, count, x);
+    held.get_numbers(x);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       x[i] = alpha * x[i] + sigma * z[i];

@@ -11,16 +11,16 @@ namespace diffkern {
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     randn(const int64_t* __restrict__ keys, T* __restrict__ out, Cut cut, int64_t draw, int64_t block, int skew) {
-  constexpr int N = kWide<T>;
+  constexpr int N = kWide<T>, kTurn = 8;  // normals of a run, and of a turn of the loop
   const int64_t sample = sample_index();
   if (sample >= cut.batch) {
     return;
   }
-  const Stream stream = stream_of(keys, sample, draw);
+  const Stream stream = stream_of(key_of(keys, sample), draw);
   T* to = out + sample * (cut.n - skew);
-  for_each_run<N>(cut, [&](int64_t at, int count) {
+  for_each_run<N, kTurn / N>(cut, [&](int64_t at, int count) {
     float z[N];
-    normals(stream, 4 * block + at, z);
+    normals(stream, static_cast<uint32_t>(block) + block_at(at), z);
     if constexpr (kAligned) {
       store(z, to + at);
     } else {

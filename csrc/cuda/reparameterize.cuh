@@ -17,10 +17,20 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const int64_t first = sample * cut.n;
-  for_each_noisy_run<kChannelsLast, N>(cut, stream_of(keys, sample, draw), [&](int64_t at, int count, auto& z) {
+  struct Moments {
+    Early<kAligned, T, N> mean, logvar;
+  };
+  const auto read = [&](int64_t at, int count) {
+    Moments held;
+    held.mean.read(mean + first + at, count);
+    held.logvar.read(logvar + first + at, count);
+    return held;
+  };
+  const Stream stream = stream_of(key_of(keys, sample), draw);
+  for_each_noisy_run<kChannelsLast, N>(cut, stream, read, [&](int64_t at, int count, auto& z, const Moments& held) {
     float m[N], v[N];
-    load<kAligned>(mean + first + at, count, m);
-    load<kAligned>(logvar + first + at, count, v);
+    held.mean.get_numbers(m);
+    held.logvar.get_numbers(v);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       m[i] += approx_exp2(kHalfLog2e * v[i]) * z[i];

@@ -26,15 +26,23 @@ __device__ __forceinline__ int64_t clamp_row(int64_t row, int64_t rows) {
 }
 
 // Calls body(offset, count) for the runs of this thread, `offset` from the sample's first number, a multiple of N;
-// count < N for the last run of some samples.
-template <int N, class Body>
+// count < N for the last run of some samples. A turn of the loop is kRuns runs.
+template <int N, int kRuns = 1, class Body>
 __device__ __forceinline__ void for_each_run(const Cut& cut, Body body) {
   constexpr int64_t kStep = kThreads * N;
   int64_t at = (int64_t{blockIdx.x} * cut.tiles * kThreads + threadIdx.x) * N;
-  for (int i = 0; i < cut.tiles && at < cut.n; ++i, at += kStep) {
+  if (at >= cut.n) {
+    return;
+  }
+  const int64_t left = static_cast<int64_t>(static_cast<uint64_t>(cut.n - at + kStep - 1) / kStep);
+#pragma unroll kRuns
+  for (int i = static_cast<int>(left < cut.tiles ? left : cut.tiles); i > 0; --i, at += kStep) {
     body(at, static_cast<int>(at + N <= cut.n ? N : cut.n - at));
   }
 }
+
+// The counter of the element at this offset, a multiple of 4.
+__device__ __forceinline__ uint32_t block_at(int64_t offset) { return static_cast<uint32_t>(offset >> 2); }
 
 // How a channels_last sample is cut into tiles of about kTile numbers: strips of channels, if it has many, and of each
 // so many pixels.
@@ -70,7 +78,7 @@ __device__ __forceinline__ void for_each_run_channels_last(const Cut& cut, const
     const int from = static_cast<int>(element - first);  // -3 to height + 4
     if (from < tile.height) {
       float z[4];
-      normals(stream, element, z);
+      normals(stream, block_at(element), z);
       for (int j = 0; j < 4; ++j) {
         if (from + j >= 0 && from + j < tile.height) {
           noise[channel * stride + from + j] = z[j];
@@ -100,16 +108,19 @@ __device__ __forceinline__ void for_each_run_channels_last(const Cut& cut, const
   }
 }
 
-// body(offset, count, noise) for the runs of this thread in a sample of either layout.
-template <bool kChannelsLast, int N, class Body>
-__device__ __forceinline__ void for_each_noisy_run(const Cut& cut, const Stream& stream, Body body) {
+// body(offset, count, noise, read(offset, count)) for the runs of this thread in a sample of either layout. What is
+// read is asked for before the noise is made.
+template <bool kChannelsLast, int N, class Read, class Body>
+__device__ __forceinline__ void for_each_noisy_run(const Cut& cut, const Stream& stream, Read read, Body body) {
   if constexpr (kChannelsLast) {
-    for_each_run_channels_last<N>(cut, stream, body);
+    for_each_run_channels_last<N>(
+        cut, stream, [&](int64_t at, int count, const float (&z)[N]) { body(at, count, z, read(at, count)); });
   } else {
     for_each_run<N>(cut, [&](int64_t at, int count) {
+      const auto held = read(at, count);
       float z[N];
-      normals(stream, at, z);
-      body(at, count, z);
+      normals(stream, block_at(at), z);
+      body(at, count, z, held);
     });
   }
 }

@@ -41,7 +41,7 @@ Results typed(const Call& call, const Launch& launch) {
   const Tensor x_next = result(kMakesNext, state, d.batch), model_input = result(kMakesInput, dtype, model_batch),
                base_next = result(kMakesBase, state, d.batch), h_next = result(kMakesHistory, state, d.batch);
   const T* output = data_like<T>(kOp, "model_output", call.model_output, dtype, call.x, model_batch);
-  const Runs runs(d, kWide<S>, call.keys != nullptr);
+  const Runs runs(d, kWide<S>, call.keys != nullptr, 1);
   const Step<S, T> step = {
       static_cast<const S*>(call.x.const_data_ptr()),
       output,
@@ -58,8 +58,8 @@ Results typed(const Call& call, const Launch& launch) {
       call.table.size(0)};
   if (call.x.numel() != 0) {
     const bool all_aligned =
-        aligned(step.table, step.x, step.output, step.past[0], step.past[1], step.past[2], step.past[3], step.made[0], step.made[1],
-                step.made[2], step.model_input);
+        aligned(step.x, step.output, step.past[0], step.past[1], step.past[2], step.past[3], step.made[0],
+                step.made[1], step.made[2], step.model_input);
     launch(runs.pick(all_aligned, sampler_step<S, T, true, false>, sampler_step<S, T, false, false>,
                      sampler_step<S, T, true, true>, sampler_step<S, T, false, true>),
            runs.grid, kThreads, 0, step);

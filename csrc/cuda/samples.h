@@ -17,17 +17,18 @@ inline dim3 sample_grid(int64_t batch, int64_t chunks) {
 class Runs {
  public:
   // Of samples of n numbers that lie together.
-  Runs(int64_t batch, int64_t n, int run) : run_(run) {
-    // Enough programs for the largest GPU to be full all the time; beyond them, each one does more.
-    constexpr int64_t kEnough = 8192, kMost = 8;
+  Runs(int64_t batch, int64_t n, int run, int64_t most_tiles = 16) : run_(run) {
+    // Enough programs to fill the largest GPU about twice; beyond them, each one does more, since to begin takes a
+    // program of noise half as many instructions as a tile.
+    constexpr int64_t kEnough = 2048;
     const int64_t tile = int64_t{kThreads} * run, all = (n + tile - 1) / tile;
-    const int64_t tiles = std::clamp<int64_t>(batch * all / kEnough, 1, kMost);
+    const int64_t tiles = std::clamp<int64_t>(batch * all / kEnough, 1, most_tiles);
     cut = {batch, n, n, 1, static_cast<int32_t>(tiles)};
     grid = sample_grid(batch, (all + tiles - 1) / tiles);
   }
 
   // Of samples laid out as `d`. Only noise cares about the layout: without it a sample is a run of memory.
-  Runs(const Dense& d, int run, bool noisy) : Runs(d.batch, d.sample(), run) {
+  Runs(const Dense& d, int run, bool noisy, int64_t most_tiles = 16) : Runs(d.batch, d.sample(), run, most_tiles) {
     if (d.channels_last && noisy) {
       channels_last_ = true;
       const auto channels = static_cast<int32_t>(d.channels);

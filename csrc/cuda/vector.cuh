@@ -83,6 +83,19 @@ DIFFKERN_HD void unpack(uint32_t word, float& low, float& high, BFloat16) {
   high = to_float(BFloat16{static_cast<uint16_t>(word >> 16)});
 }
 
+// The numbers of some words.
+template <class T, int N>
+__device__ __forceinline__ void numbers(const uint32_t (&bits)[N * sizeof(T) / 4], float (&out)[N]) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 4); ++i) {
+    if constexpr (sizeof(T) == 4) {
+      out[i] = __uint_as_float(bits[i]);
+    } else {
+      unpack(bits[i], out[2 * i], out[2 * i + 1], T{});
+    }
+  }
+}
+
 // N numbers from an address that is a multiple of 16 bytes, or of all their bytes if those are 4 or 8.
 template <class T, int N>
 __device__ __forceinline__ void load(const T* from, float (&out)[N]) {
@@ -92,14 +105,7 @@ __device__ __forceinline__ void load(const T* from, float (&out)[N]) {
   for (int i = 0; i < kWords; i += kStep) {
     get(reinterpret_cast<const Word<T, N>*>(from) + i / kStep, bits + i);
   }
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      out[i] = __uint_as_float(bits[i]);
-    } else {
-      unpack(bits[i], out[2 * i], out[2 * i + 1], T{});
-    }
-  }
+  numbers<T>(bits, out);
 }
 
 template <class T, int N>
@@ -147,5 +153,40 @@ __device__ __forceinline__ void store(const float (&in)[N], int count, T* to) {
     }
   }
 }
+
+// N numbers, 8 or 16 bytes if `kAligned`, that are asked for where that is written: a compiler that moves it to where
+// they are needed waits for each tensor in turn.
+template <bool kAligned, class T, int N>
+struct Early {
+  uint32_t bits[N * sizeof(T) / 4];
+
+  __device__ __forceinline__ void read(const T* from, int) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof bits == 16) {
+      asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+                   : "l"(from));
+    } else {
+      asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(bits[0]), "=r"(bits[1]) : "l"(from));
+    }
+#else
+    get(reinterpret_cast<const Word<T, N>*>(from), bits);
+#endif
+  }
+  __device__ __forceinline__ void get_numbers(float (&out)[N]) const { numbers<T>(bits, out); }
+};
+
+template <class T, int N>
+struct Early<false, T, N> {
+  float number[N];
+
+  __device__ __forceinline__ void read(const T* from, int count) { load<false>(from, count, number); }
+  __device__ __forceinline__ void get_numbers(float (&out)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      out[i] = number[i];
+    }
+  }
+};
 
 }  // namespace diffkern
