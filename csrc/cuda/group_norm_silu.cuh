@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kGroupThreads, 2) group_moments(GroupNorm p, G
       sum[k] = from[k] + d;
     }
     const int mine = here.row * stride + here.column * V;
-    write_numbers(sum, means + mine);
-    write_numbers(squares, all_squares + mine);
+    share_numbers(sum, means + mine);
+    share_numbers(squares, all_squares + mine);
     if (here.column == 0) {
       ns[here.row] = n;
     }

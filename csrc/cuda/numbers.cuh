@@ -68,6 +68,20 @@ __device__ __forceinline__ void write_numbers(const float (&in)[V], T* to) {
   store<(V > 1)>(in, V, to);
 }
 
+// V numbers for the other threads of a block, to what it shares.
+template <int V>
+__device__ __forceinline__ void share_numbers(const float (&in)[V], float* to) {
+  if constexpr (V % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      *reinterpret_cast<float4*>(to + i) = {in[i], in[i + 1], in[i + 2], in[i + 3]};
+    }
+  } else {
+    static_assert(V == 1);
+    *to = in[0];
+  }
+}
+
 // A vector of parameters, in float32 or the dtype of what they are applied to.
 struct Parameter {
   const void* data = nullptr;

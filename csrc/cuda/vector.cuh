@@ -7,12 +7,21 @@
 
 namespace diffkern {
 
+#ifdef __CUDACC__
+template <class T>
+__device__ T* global(T* pointer) {
+  return pointer;
+}
+#else  // the tests, which run kernels on the CPU, look where it points
+using cuda_on_cpu::global;
+#endif
+
 // How many numbers of T a thread reads at a time.
 template <class T>
 constexpr int kWide = 16 / sizeof(T);
 
-// Up to 16 bytes between memory and words, as one instruction. Not assignments: nvcc 13 takes those apart. What is
-// read must not be written by the same kernel.
+// Up to 16 bytes between global memory, never what a block shares, and words, as one instruction. Not assignments:
+// nvcc 13 takes those apart. What is read must not be written by the same kernel.
 __device__ __forceinline__ void get(const uint4* from, uint32_t* to) {
   const uint4 v = __ldg(from);
   to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
@@ -28,14 +37,14 @@ __device__ __forceinline__ void put(const uint32_t* from, uint4* to) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(from[0]), "r"(from[1]), "r"(from[2]),
                "r"(from[3]));
 #else
-  *to = {from[0], from[1], from[2], from[3]};
+  *global(to) = {from[0], from[1], from[2], from[3]};
 #endif
 }
 __device__ __forceinline__ void put(const uint32_t* from, uint2* to) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(from[0]), "r"(from[1]));
 #else
-  *to = {from[0], from[1]};
+  *global(to) = {from[0], from[1]};
 #endif
 }
 __device__ __forceinline__ void put(const uint32_t* from, uint32_t* to) { *to = *from; }

@@ -173,6 +173,16 @@ T shuffle(T value, unsigned from) {
 
 inline float* dynamic_shared() { return reinterpret_cast<float*>(block.shared); }
 
+// The pointer, which instructions for global memory can be given.
+template <class T>
+T* global(T* pointer) {
+  const char* at = reinterpret_cast<const char*>(pointer);
+  if (at >= block.shared && at < block.shared + kMaxShared) {
+    fail("an access to global memory lies in what a block shares");
+  }
+  return pointer;
+}
+
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::State::kWaitsForBlock); }
@@ -193,7 +203,7 @@ T __shfl_down_sync(unsigned, T value, int delta) {
 
 template <class T>
 T __ldg(const T* from) {
-  return *from;
+  return *cuda_on_cpu::global(from);
 }
 
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
