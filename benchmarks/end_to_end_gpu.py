@@ -221,7 +221,7 @@ def records(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """(network, its record or why there is none)."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = prepared(options, folder, start + 0.7 * options.seconds)
+        found = prepared(options, folder, start + 0.6 * options.seconds)
         print(f"prepared in {time.monotonic() - start:.0f} s", flush=True)
         for name, processes in found.items():
             yield name, measure(name, processes, options.rounds, start + options.seconds)
