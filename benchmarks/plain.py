@@ -4,7 +4,7 @@ rivals that a kernel has to beat, eager and compiled."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,11 @@ def torch_sampler_step(
     return x_next, model_input if guidance is None else torch.cat([model_input, model_input]), *more
 
 
+def torch_query_key_value(x: Tensor, *rest: Tensor | None) -> Tensor:
+    weights, biases = cast(tuple[Tensor, ...], rest[:3]), rest[3:]
+    return torch.stack([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -2)
+
+
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
@@ -124,6 +129,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "layer_norm_modulate": torch_layer_norm_modulate,
     "gate_residual_norm_modulate": torch_gate_residual_norm_modulate,
     "rms_norm": torch_rms_norm,
+    "query_key_value": torch_query_key_value,
     "attention": torch_attention,
 }
 

@@ -77,8 +77,14 @@ def machine() -> dict[str, Any]:
         "devices": facts["devices"],
         "threads": torch.get_num_threads(),
         "commit": commit or None,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *_without_out(sys.argv)]),
     }
+
+
+def _without_out(argv: list[str]) -> list[str]:
+    """The command without the folder of the records, which is nobody's but the user's."""
+    at = argv.index("--out") if "--out" in argv else len(argv)
+    return argv[:at] + argv[at + 2 :]
 
 
 def folder_name(device: str) -> str:

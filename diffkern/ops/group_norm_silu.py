@@ -74,7 +74,13 @@ def _supports_cuda(x: Tensor, num_groups: int, *rest: Any) -> bool | str:
     return supports(x, num_groups, *rest)
 
 
-@group_norm_silu.backend("cuda", devices=("cuda",), supports=_supports_cuda)
+def _defers_cuda(x: Tensor, *_: Any) -> str | None:
+    """On an H200 at 8 x 8 pixels of 1280 channels the two CUDA kernels took 7.8 us and Triton's one 4.5 us; from
+    32 x 32 pixels on they are 1.3 to 1.6 times as fast as Triton's two."""
+    return "Triton reads a small picture once" if x.shape[2:].numel() <= 64 else None
+
+
+@group_norm_silu.backend("cuda", devices=("cuda",), supports=_supports_cuda, defers=_defers_cuda)
 def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.ops.diffkern_CUDA.group_norm_silu(x, *rest)
 
