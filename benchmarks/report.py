@@ -29,8 +29,8 @@ def where(machine: dict[str, Any]) -> str:
     devices, versions = machine["devices"], machine["versions"]
     name, _, instructions = devices["cpu"].split(", ")
     cpu = f"{name} with {instructions.split()[-1]}"
-    device = next((v for k, v in devices.items() if k != "cpu"), cpu)
-    return f"{device}, {machine['threads']} threads, torch {versions['torch']}"
+    device = next((v for k, v in devices.items() if k != "cpu"), f"{cpu}, {machine['threads']} threads")
+    return f"{device}, torch {versions['torch']}"
 
 
 def _digits(value: float) -> str:

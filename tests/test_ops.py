@@ -46,7 +46,7 @@ def test_a_backend_takes_nearly_every_sample(op, device):
         refused = [reason for args in samples if (reason := b.why_not(args)) is not None]
         if availability(b.name) is not None or all(reason.startswith("runs on") for reason in refused):
             continue
-        assert len(refused) < 0.6 * len(samples), f"{b.name}: {refused}"
+        assert len(refused) < 0.7 * len(samples), f"{b.name}: {refused}"
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

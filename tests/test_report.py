@@ -62,7 +62,7 @@ def records(tmp_path, monkeypatch):
 
 def test_a_network_is_compared_with_and_without_a_graph(records):
     summary = report.readme_with_figures()
-    assert "NVIDIA H200, 16 threads, torch 2.11.0+cu130. A call replayed from a CUDA graph" in summary
+    assert "NVIDIA H200, torch 2.11.0+cu130. A call replayed from a CUDA graph" in summary
     assert "| sd15, bfloat16 | 4 ms | 1.50 | 2.50 | 1.25 | 8 ms | 2.50 |" in summary
     details = report.details()
     assert "| torch.compile, max-autotune | 6 (6 to 6) | 1.50 (1.50 to 1.50) |" in details
