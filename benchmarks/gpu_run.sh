@@ -110,10 +110,10 @@ failed=()
 export repository out device cores
 export -f build tests sanitize ops networks
 for part in "${parts[@]}"; do
-    echo "== $part, at most ${limit[$part]} s"
+    echo "== $part, at most ${limit[$part]} s"  # then it is interrupted, and pytest still names what failed
     start=$SECONDS
     export elapsed=$SECONDS
-    timeout --kill-after=5 "${limit[$part]}" bash -c "$part" 2>&1 | tee "$out/logs/$part.txt"
+    timeout --signal=INT --kill-after=8 "${limit[$part]}" bash -c "$part" 2>&1 | tee "$out/logs/$part.txt"
     code=${PIPESTATUS[0]}
     echo "== $part: $( ((code)) && echo "FAILED with $code" || echo passed) in $((SECONDS - start)) s"
     if ((code)); then

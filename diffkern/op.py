@@ -246,12 +246,18 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _has_gpu() -> bool:
+    """Asked once: the driver's answer takes as long as a small kernel, and every call would wait for it."""
+    return torch.cuda.is_available()
+
+
 def availability(backend: str) -> str | None:
     """None when the backend can run on this machine at all, else the reason why not."""
     if backend == "triton":
         if not _triton_installed():
             return "triton is not installed (pip install 'diffkern[triton]')"
-        if not triton_interpreted() and not torch.cuda.is_available():
+        if not triton_interpreted() and not _has_gpu():
             return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return native.why_not(backend) if backend in native.LIBRARIES else None
 
