@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_sample import alone
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkern.op import OPS, availability
 from diffkern.testing import check, tensors
@@ -47,6 +49,16 @@ def test_a_backend_takes_nearly_every_sample(op, device):
         if availability(b.name) is not None or all(reason.startswith("runs on") for reason in refused):
             continue
         assert len(refused) < 0.7 * len(samples), f"{b.name}: {refused}"
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_the_batch_does_not_choose_the_backend(op):
+    """Backends round in their own ways: a sample's bits would depend on how many others there are."""
+    with FakeTensorMode():
+        for sample in (s for s in op.make_samples("cpu", torch.bfloat16) if s.workload):
+            args = op.bind(*sample.args())
+            for b in op.backends:
+                assert b.why_defer(args) == b.why_defer(tuple(alone(op, args, 0))), f"{sample.name}: {b.name}"
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
