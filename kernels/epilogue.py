@@ -94,8 +94,6 @@ def _epilogue(
     of_sample = sample * channels + channel
     if bias is not None:
         y += tl.load(bias + channel, known, other=0.0).to(tl.float32)
-        if TWO:
-            g += tl.load(bias + channels + channel, known, other=0.0).to(tl.float32)
     if add is not None:
         y += tl.load(add + of_sample, known, other=0.0).to(tl.float32)
     y = activate(y, g, ACTIVATION)
@@ -117,9 +115,9 @@ def epilogue(
     y: Tensor, pixels_first: bool = True, quarters: bool = False, splits: int = 1,
 ) -> Tensor:  # fmt: skip
     """activation(x + bias + add) * gate + residual into y, which may be x. y, residual: [B, ..., N]; x also, 2 N for a
-    gated activation; or all [B, N, ...] with pixels_first False. bias: [N], of x: 2 N; add, gate: [B, N]. quarters: x
-    is [B, H + 1, W + 1, 4 N], y [B, 2 H, 2 W, N], see `conv2d`. splits: x is the first of so many, to be summed. All
-    contiguous."""
+    gated activation; or all [B, N, ...] with pixels_first False. bias: [N], none before a gated activation; add, gate:
+    [B, N]. quarters: x is [B, H + 1, W + 1, 4 N], y [B, 2 H, 2 W, N], see `conv2d`. splits: x is the first of so many,
+    to be summed. All contiguous."""
     if not y.numel():
         return y
     batch, columns = y.shape[0], y.shape[-1] if pixels_first else y[0, 0].numel()

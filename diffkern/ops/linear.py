@@ -223,6 +223,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(f"{activation}, odd", (3, 7, 33), 17, activation, "")
         yield sample(f"{activation}, everything", (2, 5, 40), 24, activation, "bias residual gate")
     yield sample("residual", (2, 9, 32), 48, extras="bias residual")
+    yield sample("gated, of whole tiles", (2, 9, 32), 24, "geglu", "bias residual gate")
     yield sample("gate", (3, 4, 16), 8, extras="gate")
     yield sample("strided", (3, 6, 20), 12, "gelu", "bias residual", layout="strided")
     yield sample("rows", (5, 64), 10, "silu", "bias gate residual")
