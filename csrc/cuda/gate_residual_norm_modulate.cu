@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(const Tensor& x, const Te
   p.r = r.mutable_data_ptr();
   p.out = normal.mutable_data_ptr();
   const Launch launch(kOp, x, y, gate, shift, scale, weight, bias);
-  normalise_rows<true, true>(kOp, launch, x.scalar_type(), aligned(p), p);
+  normalise_rows<true>(kOp, launch, x.scalar_type(), aligned(p), p);
   return {r, normal};
 }
 

@@ -43,9 +43,8 @@ __device__ float row_sum(float x, float* room) {
 template <int kWarps>
 constexpr int kBlockRows = kWarps > 4 ? 1 : 4 / kWarps;
 
-// kCentred: LayerNorm, else RMSNorm. kGated: of x + gate * y. kVectors vectors of V numbers a thread, kWarps warps a
-// row.
-template <bool kCentred, bool kGated, class T, int V, int kVectors, int kWarps>
+// kGated: of x + gate * y. kVectors vectors of V numbers a thread, kWarps warps a row.
+template <bool kGated, class T, int V, int kVectors, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps * kBlockRows<kWarps>, kWarps > 4 ? 16 / kWarps : 4)
     norm_rows(Rows p) {
   constexpr int kThreads = 32 * kWarps;
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(32 * kWarps * kBlockRows<kWarps>, kWarps > 4 ?
     }
   }
 
-  const float mean = kCentred ? row_sum<kWarps>(sum, room[0]) * p.share : 0.0f;
+  const float mean = row_sum<kWarps>(sum, room[0]) * p.share;
   float squares = 0;
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {

@@ -8,15 +8,15 @@ namespace diffkern {
 
 constexpr int64_t kWidestRow = 8192;  // channels; diffkern/ops/layer_norm_modulate.py knows it too
 
-template <bool kCentred, bool kGated, class T, int V, int kVectors, int kWarps>
+template <bool kGated, class T, int V, int kVectors, int kWarps>
 void launch_rows(const Launch& launch, const Rows& p) {
   constexpr int kRows = kBlockRows<kWarps>;
   const int64_t blocks = (p.rows + kRows - 1) / kRows;
-  launch(norm_rows<kCentred, kGated, T, V, kVectors, kWarps>, dim3(static_cast<unsigned>(blocks)), 32 * kWarps * kRows, 0, p);
+  launch(norm_rows<kGated, T, V, kVectors, kWarps>, dim3(static_cast<unsigned>(blocks)), 32 * kWarps * kRows, 0, p);
 }
 
 // Normalises the rows, if there are any. `aligned`: all that p points to lies on 16 bytes.
-template <bool kCentred, bool kGated>
+template <bool kGated>
 void normalise_rows(const char* op, const Launch& launch, ScalarType dtype, bool aligned, const Rows& p) {
   check(p.channels <= kWidestRow, op, ": takes at most ", kWidestRow, " channels, got ", p.channels);
   check(p.rows <= INT32_MAX, op, ": takes at most ", INT32_MAX, " rows");
@@ -27,22 +27,22 @@ void normalise_rows(const char* op, const Launch& launch, ScalarType dtype, bool
     constexpr int V = kWide<T>;
     const int vectors = p.channels / V;
     if (!aligned || p.channels % V != 0) {
-      return launch_rows<kCentred, kGated, T, 1, 16, 16>(launch, p);
+      return launch_rows<kGated, T, 1, 16, 16>(launch, p);
     }
     if (vectors <= 64) {
-      return launch_rows<kCentred, kGated, T, V, 2, 1>(launch, p);
+      return launch_rows<kGated, T, V, 2, 1>(launch, p);
     }
     if (vectors <= 192) {
-      return launch_rows<kCentred, kGated, T, V, 3, 2>(launch, p);
+      return launch_rows<kGated, T, V, 3, 2>(launch, p);
     }
     if (vectors <= 384) {
-      return launch_rows<kCentred, kGated, T, V, 3, 4>(launch, p);
+      return launch_rows<kGated, T, V, 3, 4>(launch, p);
     }
     if (vectors <= 1024) {
-      return launch_rows<kCentred, kGated, T, V, 4, 8>(launch, p);
+      return launch_rows<kGated, T, V, 4, 8>(launch, p);
     }
     if constexpr (sizeof(T) == 4) {
-      launch_rows<kCentred, kGated, T, V, 4, 16>(launch, p);
+      launch_rows<kGated, T, V, 4, 16>(launch, p);
     }
   });
 }

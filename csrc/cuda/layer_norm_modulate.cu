@@ -11,7 +11,7 @@ Tensor layer_norm_modulate(const Tensor& x, const MaybeTensor& shift, const Mayb
   const Tensor y = empty_as(x, x.scalar_type(), x.size(0));
   p.out = y.mutable_data_ptr();
   const Launch launch(kOp, x, shift, scale, weight, bias);
-  normalise_rows<true, false>(kOp, launch, x.scalar_type(), aligned(p), p);
+  normalise_rows<false>(kOp, launch, x.scalar_type(), aligned(p), p);
   return y;
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Cost, Sample, for_gpu, op
-from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, why_not_in_cuda, why_not_on_gpu
+from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, why_not_on_gpu
 
 
 @op
@@ -36,23 +36,13 @@ def _supports_triton(x: Tensor, weight: Tensor | None, eps: float) -> bool | str
     return _supports(x, weight, eps) if fits is True else fits
 
 
-def _supports_cuda(x: Tensor, weight: Tensor | None, eps: float) -> bool | str:
-    fits = why_not_in_cuda(x)
-    return _supports(x, weight, eps) if fits is True else fits
-
-
-# Measured on an H200, in graphs, in bfloat16: Triton takes 2.8 us for 8 x 256 x 384 numbers and 16.4 for 4608 x 3072,
-# the CUDA kernel 2.9 and 23.4.
+# A CUDA kernel was tried and deleted. On an H200, in graphs, in bfloat16, Triton takes 2.8 us for 8 x 256 x 384 numbers
+# and 16.4 for 4608 x 3072; it took 2.9 and 23.4.
 @rms_norm.backend("triton", devices=("cuda",), supports=_supports_triton)
 def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     from diffkern.kernels.rms_norm import rms_norm as kernel
 
     return kernel(x, weight, eps)
-
-
-@rms_norm.backend("cuda", devices=("cuda",), supports=_supports_cuda)
-def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return torch.ops.diffkern_CUDA.rms_norm(x, weight, eps)
 
 
 @rms_norm.backend("cpu", devices=("cpu",), supports=_supports)
