@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ["builds"]  # its fixtures
+
 if torch.cuda.is_available():
     # The error that a kernel may make is measured by PyTorch's own, which here must not round to 10 bits.
     torch.backends.cudnn.allow_tf32 = False

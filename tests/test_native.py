@@ -3,7 +3,6 @@ the compiler, so that a build takes no time; that the real one works, the rest o
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,71 +10,14 @@ import sys
 import threading
 import timeit
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from builds import Compiler, fresh
 
 import diffkern.native
 from diffkern import toolchain
 from diffkern.op import availability
-
-FAKE = """#!/bin/sh
-if [ "$1" = --version ]; then echo "fake compiler 1.0"; exit 0; fi
-for arg in "$@"; do [ "$before" = -o ] && out=$arg; before=$arg; done
-case " $* " in
-  *" -shared "*) echo link >> {calls}; {link} ;;
-  *) {compile} ;;
-esac
-"""
-
-
-class Compiler:
-    """A script that is called like a C++ compiler, and writes down how often it links."""
-
-    def __init__(self, folder: Path, link: str = 'echo library > "$out"', compile: str = ': > "$out"') -> None:
-        self.calls, self.path = folder / "calls", folder / "fake-g++"
-        self.path.write_text(FAKE.format(calls=self.calls, link=link, compile=compile))
-        self.path.chmod(0o755)
-
-    @property
-    def builds(self) -> int:
-        return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A machine where nothing was ever built. Returns its cache folder."""
-    for name in ("DIFFKERN_NO_BUILD", "DIFFKERN_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    return tmp_path / "home" / ".cache" / "diffkern"
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """The libraries that torch was asked to load, instead of loading them."""
-    paths: list[Path] = []
-    monkeypatch.setattr(torch.ops, "load_library", lambda path: paths.append(Path(path)))
-    return paths
-
-
-@pytest.fixture
-def compiler(tmp_path, monkeypatch):
-    made = Compiler(tmp_path)
-    monkeypatch.setenv("CXX", str(made.path))
-    return made
-
-
-def fresh() -> Any:
-    """The loader as a new process has it."""
-    spec: Any = importlib.util.spec_from_file_location("native", diffkern.native.__file__)
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module._PACKAGE = Path(diffkern.native.__file__).with_name("nowhere")  # no library built ahead of time
-    return module
 
 
 def test_builds_once_into_a_private_folder(home, loaded, compiler, capsys):
@@ -201,101 +143,6 @@ def test_threads_build_once(home, loaded, tmp_path, monkeypatch):
         t.join()
     assert reasons == [None] * 4
     assert (compiler.builds, len(loaded)) == (1, 1)
-
-
-NVCC = """#!/bin/sh
-if [ "$1" = --version ]; then echo "fake nvcc 13.0"; exit 0; fi
-if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_90; exit 0; fi
-echo "$*" >> {flags}
-exec "{compiler}" "$@"
-"""
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    """A machine with two GPUs, as torch reports them: their names and compute capabilities, to be changed."""
-    found = [("NVIDIA H200", (9, 0)), ("NVIDIA A100", (8, 0))]
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: found[i][0])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i][1])
-    return found
-
-
-@pytest.fixture
-def nvcc(tmp_path, compiler, monkeypatch):
-    """A script that is called like nvcc. Returns the file of the flags that it was given."""
-    path, flags = tmp_path / "fake-nvcc", tmp_path / "flags"
-    path.write_text(NVCC.format(flags=flags, compiler=compiler.path))
-    path.chmod(0o755)
-    monkeypatch.setenv("CUDACXX", str(path))
-    return flags
-
-
-def test_cuda_is_built_for_the_gpus_that_are_there(home, loaded, compiler, nvcc, gpus, capsys):
-    assert fresh().why_not("cuda") is None
-    assert fresh().why_not("cuda") is None
-    assert compiler.builds == 1
-    assert loaded[0].is_relative_to(home)
-    assert loaded[0].name == "diffkern_cuda.so"
-    assert "building the cuda library, once (about" in capsys.readouterr().err
-    *compiles, link = nvcc.read_text().splitlines()
-    for line in compiles:
-        assert "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a" in line
-        assert f"-ccbin {compiler.path}" in line
-        assert ".cu -o" in line
-    assert "-cudart static" in link
-    assert "-ltorch_cpu" in link
-    gpus.pop()
-    assert fresh().why_not("cuda") is None
-    assert (compiler.builds, loaded[2] != loaded[0]) == (2, True), "for other GPUs another library"
-
-
-def test_without_a_gpu_nothing_is_built(home, loaded, compiler, nvcc, gpus, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert fresh().why_not("cuda") == "there is no GPU"
-    gpus[1] = ("Tesla T4", (7, 5))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "cuda:1 (Tesla T4) has compute capability 7.5" in fresh().why_not("cuda")
-    assert (compiler.builds, loaded) == (0, [])
-
-
-def test_without_nvcc_the_reason_says_what_serves(home, loaded, compiler, gpus, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
-    assert "no-such-nvcc" in fresh().why_not("cuda")
-    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(toolchain, "DEFAULT_NVCC", str(tmp_path / "nvcc"))
-    assert "there is no nvcc (" in (reason := fresh().why_not("cuda"))
-    assert "Triton's kernels serve instead" in reason
-    assert not loaded
-
-
-def test_nvcc_is_found_where_users_expect(tmp_path, monkeypatch):
-    def place(*folders: str) -> str:
-        path = tmp_path.joinpath(*folders, "nvcc")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("#!/bin/sh")
-        path.chmod(0o755)
-        return str(path)
-
-    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", "")
-    for variable, value, expected in (
-        ("DEFAULT_NVCC", default := place("default"), default),
-        ("PATH", str(tmp_path / "path"), place("path")),
-        ("CUDA_PATH", str(tmp_path / "other"), place("other", "bin")),
-        ("CUDA_HOME", str(tmp_path / "home"), place("home", "bin")),
-        ("CUDACXX", named := place("named"), named),
-    ):  # each is preferred to the one before it
-        if variable == "DEFAULT_NVCC":
-            monkeypatch.setattr(toolchain, variable, value)
-        else:
-            monkeypatch.setenv(variable, value)
-        assert toolchain.find_nvcc() == expected
 
 
 FLAGS = {
