@@ -1,5 +1,6 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
+from diffkern import likelihood
 from diffkern.choice import explain
 from diffkern.integrations.accelerate import accelerate, restore
 from diffkern.invariant import batch_invariant
@@ -59,6 +60,7 @@ __all__ = [
     "gate_residual_norm_modulate",
     "group_norm_silu",
     "layer_norm_modulate",
+    "likelihood",
     "linear",
     "load",
     "make_table",

@@ -26,6 +26,8 @@ class Draw(IntEnum):
     TRAINING = 1 << 24
     VAE = 2 << 24
     PROBE = 3 << 24
+    BOUND = 4 << 24
+    DEQUANTIZE = 5 << 24
 
 
 def noise_keys(seed: int, sample_ids: int | Iterable[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from diffkern.ops.randn import Draw, noise_keys, randn
 from diffkern.samplers import graph
-from diffkern.samplers.step import Model, Step, Told, unbound
+from diffkern.samplers.step import Model, Step, Told, placement, unbound
 from diffkern.samplers.table import Table
 
 
@@ -65,7 +65,7 @@ def sample(
     ids, n = _ids(n, sample_ids)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    device, dtype = _placement(model)
+    device, dtype = placement(model)
     graph.check(cuda_graph, device)
     shape = tuple(shape if shape is not None else getattr(model, "sample_shape", ()))
     if not shape:
@@ -153,13 +153,6 @@ def _ids(n: int | None, sample_ids: Iterable[int] | None) -> tuple[Tensor, int]:
     if n is not None and n != len(ids):
         raise ValueError(f"n is {n} but there are {len(ids)} sample_ids")
     return ids, len(ids)
-
-
-def _placement(model: Any) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that a model takes its input in: those of its parameters, else CPU and float32."""
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    first = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
-    return first.device, first.dtype
 
 
 def _conditioning(

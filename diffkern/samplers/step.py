@@ -34,6 +34,13 @@ def unbound(model: Model, batch: int) -> tuple[Model, dict[str, Any]]:
     return model.unbound(batch) if hasattr(model, "unbound") else (model, {})
 
 
+def placement(model: Any) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that a model takes its input in: those of its parameters, else CPU and float32."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    first = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    return first.device, first.dtype
+
+
 class Told:
     """What a model is told in each step beside x: its conditioning, or else the timestep and the labels."""
 
