@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from diffkern import schedules
 from diffkern.layout import per_sample
-from diffkern.likelihood import Denoiser
-from diffkern.samplers.grid import SMALLEST_ALPHA
-from diffkern.schedules import PREDICTIONS, Schedule
+from diffkern.likelihood import Denoiser, GaussianMixture
+from diffkern.schedules import Schedule
 
 MEAN, SPREAD = 0.4, 0.3
 SCHEDULES = {
@@ -25,29 +23,8 @@ SCHEDULES = {
 def perfect(schedule: Schedule) -> Denoiser:
     """The model of data N(MEAN, SPREAD^2), in the schedule's prediction; it finds its noise level by the time that it
     is told."""
-    rising = schedule.times
-
-    def model(inputs: Tensor, time: Tensor) -> Tensor:
-        if schedule.path == "flow":
-            sigma = time / len(schedule)
-            alpha = 1 - sigma
-        elif schedule.path == "ve":
-            sigma = torch.exp(4 * time)
-            alpha = torch.ones_like(sigma)
-        else:
-            level = schedule.sigma_t.log() - schedule.alpha_t.clamp(min=SMALLEST_ALPHA["vp"]).log()
-            below = time.floor().long().clamp(max=len(rising) - 2)
-            angle = torch.atan(torch.exp(torch.lerp(level[below], level[below + 1], time - below)))
-            alpha, sigma = torch.cos(angle), torch.sin(angle)
-        a, s = per_sample(alpha, inputs), per_sample(sigma, inputs)
-        x = inputs
-        if schedule.path == "ve":
-            x = inputs * per_sample((sigma**2 + schedule.sigma_data**2) ** 0.5, inputs)
-        x0 = MEAN + a * SPREAD**2 / (a**2 * SPREAD**2 + s**2) * (x - a * MEAN)
-        u, w = PREDICTIONS[schedule.prediction](a, s, schedule.sigma_data)
-        return u * x0 + w * (x - a * x0) / s
-
-    return Denoiser.of(model, schedule)
+    data = GaussianMixture([1.0], [[MEAN] * 6], [SPREAD**2])
+    return Denoiser.of(data.model(schedule), schedule)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

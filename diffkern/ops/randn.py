@@ -28,6 +28,7 @@ class Draw(IntEnum):
     PROBE = 3 << 24
     BOUND = 4 << 24
     DEQUANTIZE = 5 << 24
+    DATA = 6 << 24
 
 
 def noise_keys(seed: int, sample_ids: int | Iterable[int] | Tensor, device: torch.device | str = "cpu") -> Tensor:
