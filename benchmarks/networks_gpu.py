@@ -14,11 +14,11 @@ from networks import CIFAR, SD15, VAE, Change, Emoji, First, Prepare, Run, accel
 from torch import Tensor, nn
 
 import diffkern
+from diffkern.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffkern.models.dit import DiT, DiTConfig
 from diffkern.models.folder import lay_out
 from diffkern.models.unet import UNet2D, UNet2DConfig
 from diffkern.models.unet_condition import UNet2DCondition, UNet2DConditionConfig
-from diffkern.models.vae import AutoencoderKL, AutoencoderKLConfig
 
 SDXL: dict[str, Any] = {
     "sample_size": 128,

@@ -4,12 +4,12 @@ from diffkern import likelihood
 from diffkern.choice import explain
 from diffkern.integrations.accelerate import accelerate, restore
 from diffkern.invariant import batch_invariant
+from diffkern.models.autoencoder_kl import AutoencoderKL
 from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
-from diffkern.models.vae import AutoencoderKL
 from diffkern.op import BackendError, use_backend
 from diffkern.ops import (
     Draw,

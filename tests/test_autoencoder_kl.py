@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffkern import noise_keys, randn
-from diffkern.models import vae
+from diffkern.models import autoencoder_kl
+from diffkern.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 from diffkern.models.folder import WEIGHTS, ModelError
-from diffkern.models.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
 from diffkern.ops.randn import Draw
 
 diffusers = pytest.importorskip("diffusers")
@@ -203,7 +203,7 @@ def test_latents_of_a_sampler_become_pictures_of_a_bfloat16_model(model):
 
 @pytest.mark.parametrize(("height", "width", "at_once"), [(8, 8, [3]), (16, 8, [2, 1]), (20, 20, [1, 1, 1])])
 def test_a_batch_is_worked_on_in_parts_of_so_many_pixels(model, monkeypatch, height, width, at_once):
-    monkeypatch.setattr(vae, "PIXELS", 16 * 16)
+    monkeypatch.setattr(autoencoder_kl, "PIXELS", 16 * 16)
     x = torch.rand(3, 3, height, width) * 2 - 1
     sizes: dict[str, list[int]] = {"encoder": [], "decoder": []}
     for name, seen in sizes.items():
