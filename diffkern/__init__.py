@@ -28,6 +28,7 @@ from diffkern.ops import (
     rms_norm,
     sampler_step,
     timestep_embedding,
+    vlb_term,
 )
 from diffkern.packing import prepare
 from diffkern.samplers import SAMPLERS, Row, Table, make_table
@@ -76,4 +77,5 @@ __all__ = [
     "sampler_step",
     "timestep_embedding",
     "use_backend",
+    "vlb_term",
 ]

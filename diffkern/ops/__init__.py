@@ -16,6 +16,7 @@ from diffkern.ops.reparameterize import reparameterize
 from diffkern.ops.rms_norm import rms_norm
 from diffkern.ops.sampler_step import sampler_step
 from diffkern.ops.timestep_embedding import timestep_embedding
+from diffkern.ops.vlb_term import vlb_term
 
 __all__ = [
     "Draw",
@@ -36,4 +37,5 @@ __all__ = [
     "rms_norm",
     "sampler_step",
     "timestep_embedding",
+    "vlb_term",
 ]
