@@ -6,49 +6,21 @@ import math
 
 import pytest
 import torch
-from sampling import Model, run_table
+from sampling import run_table
 from torch import Tensor
 
+from diffkern.likelihood import GaussianMixture
 from diffkern.ops.randn import noise_keys, normal
 from diffkern.samplers import Table, make_table
 from diffkern.samplers.heun import edm
-from diffkern.schedules import PREDICTIONS, Schedule, flow
+from diffkern.schedules import Schedule, flow
 from diffkern.schedules import edm as edm_schedule
 
-MEANS = torch.tensor([[1.0, 0.5], [-0.8, 0.9], [-0.2, -1.1]], dtype=torch.float64)
-STDS = torch.tensor([0.35, 0.25, 0.45], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.3, 0.45, 0.25], dtype=torch.float64)
+MIXTURE = GaussianMixture([0.3, 0.45, 0.25], [[1.0, 0.5], [-0.8, 0.9], [-0.2, -1.1]], [0.35**2, 0.25**2, 0.45**2])
 KEYS = noise_keys(1, 16)
 # Even in log(sigma / alpha) from -3 to 3, with an index 0 at the end and many divisors of the 960 steps to it.
 LOG_RATIO = torch.linspace(-3.0, 3.0, 961, dtype=torch.float64)
 EVEN = Schedule(torch.sigmoid(-2 * LOG_RATIO).sqrt(), torch.sigmoid(2 * LOG_RATIO).sqrt(), prediction="v")
-
-
-def denoise(x: Tensor, alpha: float, sigma: float) -> Tensor:
-    """E[x_0 | x] for x = alpha x_0 + sigma epsilon. x: [B, 2]."""
-    variance = (alpha * STDS) ** 2 + sigma**2
-    off = x[:, None] - alpha * MEANS
-    posterior = torch.softmax(WEIGHTS.log() - (off**2).sum(-1) / (2 * variance) - variance.log(), dim=1)
-    return (posterior[..., None] * (MEANS + (alpha * STDS**2 / variance)[:, None] * off)).sum(1)
-
-
-def exact_model(schedule: Schedule) -> Model:
-    """The model that predicts exactly what the schedule says, from c_in x and what it is told of the time."""
-
-    def model(x: Tensor, t: float) -> Tensor:
-        match schedule.path:
-            case "vp":
-                alpha, sigma = schedule.alpha_t[int(t)].item(), schedule.sigma_t[int(t)].item()
-            case "ve":
-                alpha, sigma = 1.0, math.exp(4 * t)
-            case _:
-                alpha, sigma = 1 - t / len(schedule), t / len(schedule)
-        x = x / schedule.c_in(sigma)
-        x0 = denoise(x, alpha, sigma)
-        u, w = PREDICTIONS[schedule.prediction](alpha, sigma, schedule.sigma_data)
-        return u * x0 + w * (x - alpha * x0) / sigma
-
-    return model
 
 
 def solve(y: Tensor, first: float, last: float, steps: int = 400) -> Tensor:
@@ -56,7 +28,7 @@ def solve(y: Tensor, first: float, last: float, steps: int = 400) -> Tensor:
 
     def slope(log_rho: float, y: Tensor) -> Tensor:
         alpha = (1 + math.exp(2 * log_rho)) ** -0.5
-        return y - denoise(alpha * y, alpha, math.exp(log_rho) * alpha)
+        return y - MIXTURE.posterior_mean(alpha * y, alpha, math.exp(log_rho) * alpha)
 
     h = (math.log(last) - math.log(first)) / steps
     for i in range(steps):
@@ -112,7 +84,7 @@ def test_order_of_convergence(name: str, options: dict, order: float, exact: Ten
         scaled = name in ("euler", "heun")  # their state is x / alpha
         # From the same x as the reference, of unit variance.
         table = Table(table.rows, 1 / EVEN.alpha_t[-1].item() if scaled else 1.0)
-        x = run_table(table, exact_model(EVEN), KEYS, (2,))[-1]
+        x = run_table(table, MIXTURE.model(EVEN), KEYS, (2,))[-1]
         errors.append(((x if scaled else x / EVEN.alpha_t[0]) - exact).abs().max().item())
     assert slope_of(errors, steps) == pytest.approx(order, abs=0.35), errors
 
@@ -122,7 +94,7 @@ def test_edm_converges_to_zero_noise_with_order_2():
     exact = solve(20.0 * normal(KEYS, (2,), 0, torch.float64), 20.0, 1e-7)
     steps, errors = [18, 36, 72], []
     for n in steps:
-        x = run_table(edm(schedule, n), exact_model(schedule), KEYS, (2,))[-1]
+        x = run_table(edm(schedule, n), MIXTURE.model(schedule), KEYS, (2,))[-1]
         errors.append((x - exact).abs().max().item())
     assert slope_of(errors, steps) == pytest.approx(2, abs=0.35), errors
 
@@ -135,13 +107,13 @@ def test_flow_euler_converges_with_order_1():
     steps, errors = [20, 40, 80], []
     for n in steps:
         table = make_table("flow_euler", schedule, n, spacing="trailing")
-        errors.append((run_table(table, exact_model(schedule), KEYS, (2,))[-1] - exact).abs().max().item())
+        errors.append((run_table(table, MIXTURE.model(schedule), KEYS, (2,))[-1] - exact).abs().max().item())
     assert slope_of(errors, steps) == pytest.approx(1, abs=0.2), errors
 
 
-MEAN = (WEIGHTS[:, None] * MEANS).sum(0)
-COVARIANCE = (WEIGHTS[:, None, None] * (MEANS[:, :, None] * MEANS[:, None])).sum(0) - MEAN[:, None] * MEAN
-COVARIANCE += (WEIGHTS * STDS**2).sum() * torch.eye(2, dtype=torch.float64)
+MEAN = MIXTURE.weights @ MIXTURE.means
+COVARIANCE = torch.einsum("k,ki,kj->ij", MIXTURE.weights, MIXTURE.means - MEAN, MIXTURE.means - MEAN)
+COVARIANCE += MIXTURE.weights @ MIXTURE.variances * torch.eye(2, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +135,7 @@ def test_moments(name: str, options: dict, steps: int):
     schedule = edm_schedule(1000, 0.002, 40.0) if name == "edm" else EVEN
     if name != "edm":
         options = {**options, "spacing": [960 - 960 // steps * i for i in range(steps)]}
-    x = run_table(make_table(name, schedule, steps, **options), exact_model(schedule), noise_keys(3, n), (2,))[-1]
+    x = run_table(make_table(name, schedule, steps, **options), MIXTURE.model(schedule), noise_keys(3, n), (2,))[-1]
     scale = COVARIANCE.diagonal().max().item()
     assert (x.mean(0) - MEAN).abs().max() < 5 * (scale / n) ** 0.5 + 0.02 * scale**0.5
     assert (x.T.cov() - COVARIANCE).abs().max() < 5 * scale * (2 / n) ** 0.5 + 0.02 * scale

@@ -72,9 +72,9 @@ class GaussianMixture:
         log_density = -0.5 * (off**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
         return off, variance, self.weights.log() + log_density
 
-    def _averaged(self, parts: Tensor, joint: Tensor) -> Tensor:
-        """Of vectors along the axes of each component, [n, K, D], the mean under p(k | x): [n, D]."""
-        parts = torch.softmax(joint, 1)[..., None] * parts
+    def _averaged(self, parts: Tensor, shares: Tensor) -> Tensor:
+        """Of vectors along the axes of each component, [n, K, D], the mean under p(k | x), [n, K]: [n, D]."""
+        parts = shares[..., None] * parts
         axes = self._axes[1]
         return parts.sum(1) if axes is None else torch.einsum("nkj,kij->ni", parts, axes)
 
@@ -97,8 +97,9 @@ class GaussianMixture:
     def _score_and_mean(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
         a = _level(alpha)
         off, variance, joint = self._components(x, a, _level(sigma))
-        score = self._averaged(-off / variance, joint)
-        mean = torch.softmax(joint, 1) @ self.means + self._averaged(a * self._axes[0] / variance * off, joint)
+        off, shares = off / variance, torch.softmax(joint, 1)
+        score = self._averaged(-off, shares)
+        mean = shares @ self.means + self._averaged(a * self._axes[0] * off, shares)
         return score.reshape(x.shape), mean.reshape(x.shape)
 
     def sample(self, keys: Tensor, draw: int = int(Draw.DATA)) -> Tensor:
