@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffkern import noise_keys, schedules
 from diffkern.layout import per_sample
-from diffkern.likelihood import Denoiser, GaussianMixture
+from diffkern.likelihood import Denoiser, GaussianMixture, LinearGaussian, LinearGaussianChain
+from diffkern.likelihood.exact import Gaussian
 from diffkern.ops.randn import normal
 
 WEIGHTS = [0.3, 0.45, 0.25]
@@ -140,3 +141,99 @@ def test_mixtures_that_are_none_are_refused(weights, means, variances, message):
 def test_samples_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"2 numbers in a sample, not \[4, 3\]"):
         MIXTURES["full"].log_prob(torch.zeros(4, 3))
+
+
+PCA = LinearGaussian([[0.9, 0.3], [-0.4, 0.8], [0.2, -0.5]], [0.1, -0.2, 0.3], 0.4)
+CHAINS = {
+    "one level": PCA,
+    "two levels": LinearGaussianChain(
+        [([[0.9], [-0.4]], [0.1, -0.2], [0.4, 0.7]), ([[0.5, -1.1]], [0.3], 0.5)],
+    ),
+    "three levels": LinearGaussianChain([([[0.9]], [0.1], 0.4), ([[0.7]], [0.2], 0.3), ([[-1.2]], [0.4], 0.5)]),
+}
+chains = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+
+
+def sizes(chain: LinearGaussianChain) -> list[int]:
+    return [len(level.mean) for level in chain.marginals]
+
+
+def some_x(chain: LinearGaussianChain, n: int = 2) -> Tensor:
+    return draws(n, sizes(chain)[0])
+
+
+def some_q(chain: LinearGaussianChain, n: int) -> Gaussian:
+    """Far from any posterior, and correlated."""
+    d = sum(sizes(chain)[1:])
+    root = draws(d, d + 1)
+    return Gaussian(draws(n, d), root @ root.mT)
+
+
+@chains
+def test_log_p_and_the_posterior_of_a_chain_are_integrals_over_its_latents(chain: LinearGaussianChain):
+    d, x = sum(sizes(chain)[1:]), some_x(chain)
+    side = torch.linspace(-9, 9, 73, dtype=torch.float64)
+    z = torch.cartesian_prod(*[side] * d)
+    latents, volume = z.split(sizes(chain)[1:], dim=1), 0.25**d
+    posterior = chain.posterior(x)
+    for i in range(len(x)):
+        joint = chain.log_joint(x[i : i + 1], *latents).exp() * volume
+        exactly(chain.log_prob(x[i : i + 1]), joint.sum()[None].log())
+        mean = joint @ z / joint.sum()
+        exactly(posterior.mean[i], mean)
+        exactly(posterior.covariance, (z - mean).mT @ (joint[:, None] * (z - mean)) / joint.sum())
+
+
+@chains
+def test_the_joint_over_the_posterior_is_constant_in_the_latents(chain: LinearGaussianChain):
+    """p(x, z) / p(z | x) = p(x) whatever z, with p(z | x) whole or by the chain rule, p(z_1 | x) p(z_2 | z_1) ..."""
+    n = 5
+    x, z = some_x(chain, 1).expand(n, -1), 2 * draws(n, sum(sizes(chain)[1:]))
+    latents = z.split(sizes(chain)[1:], dim=1)
+    log_p = chain.log_prob(x)
+    exactly(chain.log_joint(x, *latents) - chain.posterior(x).log_prob(z), log_p)
+    by_level = torch.zeros(n, dtype=torch.float64)
+    for t, (low, high) in enumerate(zip((x, *latents), latents, strict=False), 1):
+        by_level += chain.above(t, low).log_prob(high)
+    exactly(chain.log_joint(x, *latents) - by_level, log_p)
+
+
+@chains
+def test_the_elbo_is_below_log_p_by_the_divergence_of_q_from_the_posterior(chain: LinearGaussianChain):
+    x = some_x(chain)
+    q, posterior, log_p = some_q(chain, len(x)), chain.posterior(x), chain.log_prob(x)
+    bound = chain.elbo(x, q)
+    assert (bound < log_p - 0.1).all()
+    exactly(log_p - bound, q.kl(posterior))
+    exactly(chain.elbo(x, posterior), log_p)
+    # The expectation of the quadratic log p(x, z) - log q(z) is its mean over q's sigma points.
+    d = len(q.covariance)
+    root = d**0.5 * torch.linalg.cholesky(q.covariance)
+    points = torch.cat([root.mT, -root.mT])[:, None] + q.mean
+    ratio = [chain.log_joint(x, *z.split(sizes(chain)[1:], dim=1)) - q.log_prob(z) for z in points]
+    exactly(bound, torch.stack(ratio).mean(0))
+
+
+@chains
+def test_draws_of_a_chain_have_its_moments(chain: LinearGaussianChain):
+    n = 20_000
+    for level, states in zip(chain.marginals, chain.sample(noise_keys(1, n)), strict=True):
+        off = states - level.mean
+        assert (off.mean(0).abs() < 4 * (level.covariance.diagonal() / n) ** 0.5).all()
+        outer = off[:, :, None] * off[:, None]
+        assert ((outer.mean(0) - level.covariance).abs() < 4 * outer.std(0) / n**0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "at least one step"),
+        ([([[math.inf]], [0.0], 1.0)], "W_1 must be finite"),
+        ([([[1.0]], [0.0], 0.0)], "variance_1 must be positive"),
+        ([([[1.0]], [0.0, 1.0], 1.0)], "step 1 of a chain needs"),
+        ([([[1.0]], [0.0], 1.0), ([[1.0], [2.0]], [0.0, 0.0], 1.0)], "W_2 makes 2 numbers, but W_1 takes 1"),
+    ],
+)
+def test_chains_that_are_none_are_refused(steps, message):
+    with pytest.raises(ValueError, match=message):
+        LinearGaussianChain(steps)

@@ -1,7 +1,7 @@
 """What is p(x)? Bounds on the log-likelihood of a model that samples, and estimates of it from its score."""
 
 from diffkern.likelihood.denoiser import Denoiser, Levels
-from diffkern.likelihood.exact import GaussianMixture
+from diffkern.likelihood.exact import GaussianMixture, LinearGaussian, LinearGaussianChain
 from diffkern.likelihood.result import Likelihood
 
-__all__ = ["Denoiser", "GaussianMixture", "Levels", "Likelihood"]
+__all__ = ["Denoiser", "GaussianMixture", "Levels", "Likelihood", "LinearGaussian", "LinearGaussianChain"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,7 +147,134 @@ def told(schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(last, schedule.alpha_t[-1], angle.cos()), torch.where(last, schedule.sigma_t[-1], angle.sin())
 
 
-def _finite(what: str, value: Numbers) -> Tensor:
+class Gaussian(NamedTuple):
+    """N(mean, covariance). mean: [d], or [n, d] of n distributions. covariance: [d, d], of all. float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """[n]. x: [n, d]."""
+        L = torch.linalg.cholesky(self.covariance)
+        white = torch.linalg.solve_triangular(L, torch.atleast_2d(x - self.mean).mT, upper=False)
+        return -0.5 * (white**2).sum(0) - L.diagonal().log().sum() - 0.5 * len(L) * math.log(2 * math.pi)
+
+    def entropy(self) -> Tensor:
+        """One number: 1/2 log det(2 pi e covariance)."""
+        return 0.5 * torch.logdet(2 * math.pi * math.e * self.covariance)
+
+    def kl(self, other: Gaussian) -> Tensor:
+        """KL(self || other), [n]: minus the entropy, minus the mean of the other's log density."""
+        trace = torch.linalg.solve(other.covariance, self.covariance).trace()
+        return 0.5 * trace - other.log_prob(self.mean) - self.entropy()
+
+    def sample(self, keys: Tensor, draw: int) -> Tensor:
+        """[n, d]. keys: int64 [n, 2]. draw: which of each key."""
+        noise = normal(keys, self.mean.shape[-1:], draw, torch.float64)
+        return self.mean + noise @ torch.linalg.cholesky(self.covariance).mT
+
+
+class LinearGaussianChain:
+    """A hierarchical latent model z_T -> ... -> z_1 -> x, all of it Gaussian: z_T ~ N(0, I) and, with z_0 = x,
+    z_{t-1} = W_t z_t + bias_t + N(0, variance_t).
+
+    steps: (W_t [d_{t-1}, d_t], bias_t [d_{t-1}], variance_t: one number or [d_{t-1}]) from t = 1, which makes x, to T.
+    Tensors, lists or numbers; all become float64. x: [n, d_0]; latents: z_1 to z_T, [n, d_t] each. Raises ValueError
+    for steps that are not finite, without noise, or do not fit together."""
+
+    def __init__(self, steps: Sequence[tuple[Numbers, Numbers, Numbers | float]]) -> None:
+        if not steps:
+            raise ValueError("a chain needs at least one step")
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        for t, (given_weight, given_bias, given_variance) in enumerate(steps, 1):
+            weight, bias = _finite(f"W_{t}", given_weight), _finite(f"bias_{t}", given_bias)
+            variance = _finite(f"variance_{t}", given_variance)
+            if weight.dim() != 2 or bias.shape != weight.shape[:1] or variance.shape not in (bias.shape, ()):
+                raise ValueError(f"step {t} of a chain needs W [d, k], bias [d] and variance [d] or one number")
+            if not (variance > 0).all():
+                raise ValueError(f"variance_{t} must be positive")
+            if t > 1 and len(weight) != self.steps[-1][0].shape[1]:
+                raise ValueError(f"W_{t} makes {len(weight)} numbers, but W_{t - 1} takes {self.steps[-1][0].shape[1]}")
+            self.steps.append((weight, bias, torch.diag(variance.expand(len(bias)))))
+
+    @cached_property
+    def marginals(self) -> list[Gaussian]:
+        """p(x), p(z_1), ..., p(z_T)."""
+        d = self.steps[-1][0].shape[1]
+        levels = [Gaussian(torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64))]
+        for weight, bias, noise in reversed(self.steps):
+            mean, covariance = levels[0]
+            levels.insert(0, Gaussian(weight @ mean + bias, weight @ covariance @ weight.mT + noise))
+        return levels
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), [n]."""
+        return self.marginals[0].log_prob(x)
+
+    def below(self, t: int, z: Tensor) -> Gaussian:
+        """p(z_{t-1} | z_t): the decoder of level t."""
+        weight, bias, noise = self.steps[t - 1]
+        return Gaussian(z @ weight.mT + bias, noise)
+
+    def above(self, t: int, z: Tensor) -> Gaussian:
+        """p(z_t | z_{t-1}), which is p(z_t | z_{t-1}, ..., x): the perfect encoder of level t (Tipping & Bishop 1999,
+        eq. 7, with any prior). z: z_{t-1}, x for t = 1."""
+        weight, (mean, covariance), low = self.steps[t - 1][0], self.marginals[t], self.marginals[t - 1]
+        gain = torch.linalg.solve(low.covariance, weight @ covariance).mT
+        return Gaussian(mean + (z - low.mean) @ gain.mT, covariance - gain @ weight @ covariance)
+
+    def log_joint(self, x: Tensor, *latents: Tensor) -> Tensor:
+        """log p(x, z_1, ..., z_T), [n]."""
+        total = self.marginals[-1].log_prob(latents[-1])
+        for t, (low, high) in enumerate(zip((x, *latents), latents, strict=False), 1):
+            total = total + self.below(t, high).log_prob(low)
+        return total
+
+    def posterior(self, x: Tensor) -> Gaussian:
+        """p(z_1, ..., z_T | x): of all latents side by side."""
+        precision, d = self._precision, len(self.steps[0][0])
+        covariance = torch.linalg.inv(precision[d:, d:])
+        mean = torch.cat([level.mean for level in self.marginals[1:]])
+        return Gaussian(mean - (x - self.marginals[0].mean) @ (covariance @ precision[d:, :d]).mT, covariance)
+
+    def elbo(self, x: Tensor, q: Gaussian) -> Tensor:
+        """E_q[log p(x, z)] + H(q), [n], at most log p(x). q: of all latents side by side."""
+        d = len(self.steps[0][0])
+        latents = q.mean.expand(len(x), -1).split([weight.shape[1] for weight, _, _ in self.steps], dim=1)
+        trace = (self._precision[d:, d:] @ q.covariance).trace()
+        return self.log_joint(x, *latents) - 0.5 * trace + q.entropy()
+
+    def sample(self, keys: Tensor) -> list[Tensor]:
+        """Draws of x, z_1, ..., z_T. keys: int64 [n, 2], see `noise_keys`."""
+        T = len(self.steps)
+        states = [self.marginals[-1].sample(keys, Draw.DATA + T)]
+        for t in range(T, 0, -1):
+            states.insert(0, self.below(t, states[0]).sample(keys, Draw.DATA + t - 1))
+        return states
+
+    @cached_property
+    def _precision(self) -> Tensor:
+        """Of x, z_1, ..., z_T side by side: the sum over steps of R^T noise^-1 R, with R (x, z) = z_{t-1} - W_t z_t."""
+        sizes = [len(level.mean) for level in self.marginals]
+        starts = [sum(sizes[:t]) for t in range(len(sizes))]
+        total = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64)
+        total[starts[-1] :, starts[-1] :] = torch.eye(sizes[-1])
+        for (weight, _, noise), start, size in zip(self.steps, starts, sizes, strict=False):
+            residual = torch.cat([torch.eye(size), -weight], dim=1)
+            part = slice(start, start + sum(weight.shape))
+            total[part, part] += residual.mT @ (residual / noise.diagonal()[:, None])
+        return total
+
+
+class LinearGaussian(LinearGaussianChain):
+    """Probabilistic PCA (Tipping & Bishop 1999): x = W z + mean + noise, with z ~ N(0, I). weight: [d, k]. mean: [d].
+    variance: of the noise, one number, or [d] (factor analysis). A chain of one level."""
+
+    def __init__(self, weight: Numbers, mean: Numbers, variance: Numbers | float) -> None:
+        super().__init__([(weight, mean, variance)])
+
+
+def _finite(what: str, value: Numbers | float) -> Tensor:
     value = torch.as_tensor(value, dtype=torch.float64)
     if not value.isfinite().all():
         raise ValueError(f"{what} must be finite numbers")
