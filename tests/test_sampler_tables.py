@@ -111,7 +111,7 @@ def test_higher_orders_of_a_linear_model_are_exact():
 
 def test_clip_bounds_x0_and_infinity_takes_it_off():
     clipped = linear(1000, clip=0.3)
-    for name in ("ddpm", "ddim", "heun", "dpmpp_2m", "euler", "unipc", "deis", "euler_a"):
+    for name in ("ddpm", "ddim", "heun", "dpmpp_2m", "euler", "unipc", "deis", "euler_a", "annealed_langevin"):
         assert make_table(name, clipped, 4).data[:-1, CLIP].eq(0.3).all()
         assert make_table(name, clipped, 4, clip=math.inf).data[:-1, CLIP].isinf().all()
         assert make_table(name, clipped, 4, clip=0.7).data[:-1, CLIP].eq(0.7).all()
@@ -146,6 +146,8 @@ def test_what_a_table_reads():
     assert not make_table("ddim", V, 6).uses_base
     assert len(make_table("heun", V, 6)) == 11
     assert len(make_table("plms", V, 6)) == 7
+    assert len(make_table("annealed_langevin", V, 6, langevin_steps=3)) == 19
+    assert len(make_table("predictor_corrector", V, 6, langevin_steps=2)) == 16
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,9 @@ def test_what_a_table_reads():
         ("lcm", flow(), 5, {}, "not for path 'flow'"),
         ("edm", edm(), 5, {"s_churn": -1.0}, "must not be negative"),
         ("flow_euler", V, 5, {}, "not for path 'vp'"),
+        ("annealed_langevin", flow(), 5, {}, "finite noise level to start from, not path 'flow'"),
+        ("annealed_langevin", V, 5, {"langevin_steps": 0}, "langevin_steps must be at least 1, not 0"),
+        ("predictor_corrector", V, 5, {"snr": 1.0}, "snr must be between 0 and 1, not 1.0"),
         ("ddim", rescale_zero_snr(linear(1000)), 5, {}, "row 0 has a coefficient that is not finite"),
     ],
 )
@@ -208,8 +213,9 @@ SCHEDULES = [linear(1000, prediction="v"), cosine(300, prediction="x0"), edm(100
 )
 @settings(max_examples=60, deadline=None)
 def test_every_table_is_finite_and_ends_in_the_end_row(name, schedule, spacing, steps, clip):
-    given = {k: v for k, v in {"spacing": spacing, "clip": clip}.items() if k in options(name)}
-    if name in ("lcm", "flow_euler"):
+    given = {"spacing": spacing, "clip": clip, "langevin_steps": 3}
+    given = {k: v for k, v in given.items() if k in options(name)}
+    if name in ("lcm", "flow_euler", "annealed_langevin"):
         schedule = SCHEDULES[3] if name == "flow_euler" else SCHEDULES[0]
     if name == "plms":
         given |= {"average": "output"} if schedule.alpha_t[-1] == 0 else {}

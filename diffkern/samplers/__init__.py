@@ -13,6 +13,7 @@ from diffkern.samplers.deis import deis
 from diffkern.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from diffkern.samplers.euler import euler, euler_a, flow_euler
 from diffkern.samplers.heun import edm, heun
+from diffkern.samplers.langevin import annealed_langevin, predictor_corrector
 from diffkern.samplers.lcm import lcm
 from diffkern.samplers.plms import plms
 from diffkern.samplers.table import Row as Row
@@ -38,6 +39,8 @@ SAMPLERS: dict[str, Callable[..., Table]] = {
         lcm,
         edm,
         flow_euler,
+        annealed_langevin,
+        predictor_corrector,
     )
 }
 
