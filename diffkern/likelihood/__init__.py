@@ -1,7 +1,19 @@
 """What is p(x)? Bounds on the log-likelihood of a model that samples, and estimates of it from its score."""
 
 from diffkern.likelihood.denoiser import Denoiser, Levels
+from diffkern.likelihood.elbo import LatentModel, Terms, elbo, iwae
 from diffkern.likelihood.exact import GaussianMixture, LinearGaussian, LinearGaussianChain
 from diffkern.likelihood.result import Likelihood
 
-__all__ = ["Denoiser", "GaussianMixture", "Levels", "Likelihood", "LinearGaussian", "LinearGaussianChain"]
+__all__ = [
+    "Denoiser",
+    "GaussianMixture",
+    "LatentModel",
+    "Levels",
+    "Likelihood",
+    "LinearGaussian",
+    "LinearGaussianChain",
+    "Terms",
+    "elbo",
+    "iwae",
+]

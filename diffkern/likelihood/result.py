@@ -15,9 +15,9 @@ class Likelihood:
     """log p(x) of n samples, or a bound on it, in nats, larger is likelier.
 
     log_p: float64 [n]. stderr: float64 [n], the standard error of each from its own Monte-Carlo noise: 0 for an exact
-    figure, NaN where a single draw cannot tell. dims: numbers in a sample, D. method: "vlb", "vdm" or "ode". terms:
-    what log_p is made of, by name, as float64 [n] or [n, K] in nats that count against it: -log_p is their sum. All on
-    the CPU."""
+    figure, NaN where a single draw cannot tell. dims: numbers in a sample, D. method: "elbo", "iwae", "vlb", "vdm" or
+    "ode". terms: what log_p is made of, by name, as float64 [n] or [n, K] in nats that count against it: -log_p is
+    their sum; none for "iwae", which is a logarithm of a sum. All on the CPU."""
 
     log_p: Tensor
     stderr: Tensor
