@@ -8,8 +8,10 @@ from diffkern.models.autoencoder_kl import AutoencoderKL
 from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
+from diffkern.models.hvae import HierarchicalVAE
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
+from diffkern.models.vae import VAE
 from diffkern.op import BackendError, use_backend
 from diffkern.ops import (
     Draw,
@@ -39,11 +41,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAMPLERS",
+    "VAE",
     "AutoencoderKL",
     "BackendError",
     "DiT",
     "Diffusion",
     "Draw",
+    "HierarchicalVAE",
     "ModelError",
     "Progress",
     "Row",
