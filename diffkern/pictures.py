@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -12,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from diffkern import files
 
 
 def to_uint8(samples: Tensor) -> np.ndarray:
@@ -47,15 +47,7 @@ def kind_of(out: Path) -> str:
     place = out if kind == "folder" else out.parent
     while kind == "folder" and not place.exists():
         place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"cannot write {out}: {place} is not a folder")
-    if out.exists() and not os.access(out, os.W_OK):
-        raise ValueError(f"cannot write {out}: no permission to replace it")
-    try:  # os.access says yes on a read-only file system; only trying tells
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as e:
-        raise ValueError(f"cannot write {out}: {e.strerror}") from None
+    files.check_writable(out, place)
     return kind
 
 
@@ -74,22 +66,6 @@ def write(samples: Tensor, out: Path, names: list[str]) -> None:
         for name, pixels in zip(names, to_uint8(samples), strict=True):
             picture = io.BytesIO()
             image(pixels).save(picture, "png")
-            _replace(out / f"{name}.png", picture.getvalue())
+            files.replace(out / f"{name}.png", picture.getvalue())
         return
-    _replace(out, buffer.getvalue())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)  # mkstemp makes files private; the user's mask is what a plain open would have used
-        os.umask(mask)
-        os.chmod(scratch, 0o666 & ~mask)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    files.replace(out, buffer.getvalue())

@@ -11,10 +11,10 @@ import os
 import sys
 
 from cpu_training import Workers
-from emoji_data import DataError, load_emoji
 from train_emoji import evaluate
 
 import diffkern
+from diffkern.data.emoji import DataError, load_emoji
 
 
 def main() -> int:

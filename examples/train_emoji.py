@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cpu_training import Muon, Workers
-from emoji_data import EMOJI_TEST, FONT, LABELS, NULL_LABEL, DataError, EmojiSet, load_emoji
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffkern import pictures
+from diffkern.data.emoji import EMOJI_TEST, FONT, LABELS, NULL_LABEL, DataError, EmojiSet, load_emoji
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D, UNet2DConfig
 from diffkern.ops.randn import noise_keys

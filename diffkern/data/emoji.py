@@ -7,11 +7,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
+
+from diffkern.data.sets import DataError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
@@ -34,20 +37,28 @@ STRIKE = 109  # the one size that the font has bitmaps in
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 
 
-class DataError(Exception):
-    """Something given cannot be used. The message is one sentence that says what and why."""
+class Emoji(NamedTuple):
+    """An entry of Unicode's list: its characters, the number of its group in LABELS, what it is called there."""
+
+    text: str
+    label: int
+    name: str
 
 
 @dataclass(frozen=True)
 class EmojiSet:
-    """images: float32 [n, 3, size, size] on [-1, 1]. labels: int64 [n]. held_out: bool [n]."""
+    """images: float32 [n, 3, size, size] on [-1, 1]. labels: int64 [n]. held_out: bool [n]. names: n, as in Unicode's
+    list."""
 
     images: Tensor
     labels: Tensor
     held_out: Tensor
+    names: tuple[str, ...]
 
     def take(self, which: Tensor) -> EmojiSet:
-        return EmojiSet(self.images[which], self.labels[which], self.held_out[which])
+        """Some of them. which: bool [n], or int64 [m] in any order."""
+        names = tuple(self.names[i] for i in torch.arange(len(self.names))[which].tolist())
+        return EmojiSet(self.images[which], self.labels[which], self.held_out[which], names)
 
     def split(self) -> tuple[EmojiSet, EmojiSet]:
         """What to train with, and what is held out."""
@@ -58,13 +69,13 @@ class EmojiSet:
         return self.take(torch.linspace(0, len(self.images) - 1, n).long())
 
 
-def read_list(path: Path) -> list[tuple[str, int]]:
-    """Characters and label of each fully qualified emoji without a skin tone."""
+def read_list(path: Path) -> list[Emoji]:
+    """Each fully qualified emoji without a skin tone."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError):
         raise DataError(f"cannot read {path}: it should be Unicode's emoji-test.txt (Debian: unicode-data)") from None
-    found: list[tuple[str, int]] = []
+    found: list[Emoji] = []
     label: int | None = None
     for line in lines:
         if line.startswith("# group: "):
@@ -73,7 +84,9 @@ def read_list(path: Path) -> list[tuple[str, int]]:
         elif label is not None and "; fully-qualified" in line:
             points = [int(p, 16) for p in line.split(";")[0].split()]
             if not any(p in SKIN_TONES for p in points):
-                found.append(("".join(map(chr, points)), label))
+                # the comment of a line is the emoji, the version that added it, and its name
+                name = line.partition("#")[2].split(maxsplit=2)[-1]
+                found.append(Emoji("".join(map(chr, points)), label, name))
     if not found:
         raise DataError(f"{path} lists no emoji: it should be Unicode's emoji-test.txt (Debian: unicode-data)")
     return found
@@ -85,7 +98,8 @@ def open_font(path: Path) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
     except OSError as e:
-        raise DataError(f"cannot use {path}: {e}; it should be Noto Color Emoji with bitmaps") from None
+        wanted = "Noto Color Emoji with bitmaps (Debian: fonts-noto-color-emoji)"
+        raise DataError(f"cannot use {path}: {e}; it should be {wanted}") from None
 
 
 def render(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
@@ -113,8 +127,8 @@ def load_emoji(font_path: Path = FONT, list_path: Path = EMOJI_TEST, size: int =
     emoji = read_list(list_path)
     font = open_font(font_path)
     seen: set[bytes] = set()
-    arrays, labels, held_out = [], [], []
-    for text, label in emoji:
+    arrays, labels, held_out, names = [], [], [], []
+    for text, label, name in emoji:
         picture = render(text, font)
         # Some sequences are drawn like another: that picture is kept once.
         if picture is None or (pixels := picture.tobytes()) in seen or picture.getcolors(1) is not None:
@@ -123,7 +137,8 @@ def load_emoji(font_path: Path = FONT, list_path: Path = EMOJI_TEST, size: int =
         arrays.append(np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)))
         labels.append(label)
         held_out.append(is_held_out(text))
+        names.append(name)
     if not arrays:
         raise DataError(f"{font_path} has no picture of any emoji in {list_path}")
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-    return EmojiSet(images, torch.tensor(labels), torch.tensor(held_out))
+    return EmojiSet(images, torch.tensor(labels), torch.tensor(held_out), tuple(names))

@@ -1,0 +1,40 @@
+"""Writes a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_writable(path: Path, folder: Path | None = None) -> None:
+    """Raise ValueError if a file cannot be written there, before any work is done for it. folder: which must be there;
+    default that of the path."""
+    folder = path.parent if folder is None else folder
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is not a folder")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission to replace it")
+    try:  # os.access says yes on a read-only file system; only trying tells
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ValueError(f"cannot write {path}: {e.strerror}") from None
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write data to path: a reader, and whoever looks after a crash, finds the old file or the new one. Raises OSError
+    if the disk does, and leaves the old file then."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)  # mkstemp makes files private; the user's mask is what a plain open would have used
+        os.umask(mask)
+        os.chmod(scratch, 0o666 & ~mask)
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
