@@ -99,7 +99,7 @@ def test_the_model_of_a_mixture_has_its_score_at_every_noise_level(schedule: sch
         (gradient,) = torch.autograd.grad(log_p.sum(), x)
         x = x.detach()
         x0, epsilon = denoiser.predict(x, levels)
-        torch.testing.assert_close(-epsilon, per_sample(levels.sigma, x) * gradient, rtol=1e-9, atol=1e-9)
+        exactly(-epsilon, per_sample(levels.sigma, x) * gradient)
         exactly(per_sample(levels.alpha, x) * x0 + per_sample(levels.sigma, x) * epsilon, x)
 
 
