@@ -2,6 +2,7 @@
 
 from diffkern.likelihood.denoiser import Denoiser, Levels
 from diffkern.likelihood.elbo import LatentModel, Terms, elbo, iwae
+from diffkern.likelihood.energy import energy_difference, path_dependence
 from diffkern.likelihood.exact import GaussianMixture, LinearGaussian, LinearGaussianChain
 from diffkern.likelihood.result import Likelihood
 
@@ -15,5 +16,7 @@ __all__ = [
     "LinearGaussianChain",
     "Terms",
     "elbo",
+    "energy_difference",
     "iwae",
+    "path_dependence",
 ]

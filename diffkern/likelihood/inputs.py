@@ -37,6 +37,20 @@ def labels_of(denoiser: Denoiser, labels: Any, n: int) -> Tensor | None:
     return classes.to(denoiser.device, torch.int64).expand(n)
 
 
+def timesteps_of(denoiser: Denoiser, t: Any, n: int) -> Tensor:
+    """int64 [n] on the model's device. t: one or n timesteps of the schedule. Raises ValueError for others, and for one
+    at which the model cannot say what x_0 is."""
+    timestep = torch.as_tensor(t)
+    if timestep.is_floating_point() or timestep.shape not in ((), (n,)):
+        raise ValueError(f"t must be one or {n} whole timesteps, not {timestep.dtype} {list(timestep.shape)}")
+    schedule = denoiser.schedule
+    if timestep.numel() and not 0 <= timestep.min() <= timestep.max() < len(schedule):
+        raise ValueError(f"t must be timesteps of the schedule, 0 to {len(schedule) - 1}")
+    if schedule.prediction == "epsilon" and (schedule.alpha_t[timestep.cpu()] == 0).any():
+        raise ValueError("a model that predicts epsilon knows no x0 where alpha_t = 0: it must predict v or x0")
+    return timestep.to(denoiser.device, torch.int64).expand(n)
+
+
 def ids_of(sample_ids: Iterable[int] | None, n: int) -> Tensor:
     """int64 [n] on the CPU: the ids of the samples for their noise, 0..n-1 if none are given."""
     if sample_ids is None:
