@@ -73,6 +73,15 @@ def test_a_hierarchical_vae_is_its_formula():
     torch.testing.assert_close(terms.reconstruction, -log_bin(x.flatten(1), mean, log_std, 17).sum(1))
 
 
+def test_a_reconstruction_is_what_a_level_knows():
+    model, x = built(HierarchicalVAE, latent_dims=(4, 3, 2)), pictures(5)
+    z_1 = model.encoder(x).mean
+    z_2 = model.up[0](z_1).mean
+    for level, back in enumerate((z_1, model.down[0](z_2).mean), start=1):
+        shown = model.decoder(back)[:, :6].clamp(-1, 1).view(5, 1, 2, 3)
+        assert torch.equal(model.reconstruct(x, level), shown)
+
+
 def test_one_level_is_the_vae():
     vae, one = built(), built(HierarchicalVAE)
     one.load_state_dict(vae.state_dict())

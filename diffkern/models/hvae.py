@@ -44,18 +44,10 @@ class HierarchicalVAE(VAE):
         kl = torch.cat([ratio[:, :-1], posteriors[-1].kl(priors[-1])[:, None]], dim=1)
         return Terms(self._reconstruction(x, latents[0]), ratio, kl)
 
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, level: int = 1) -> Tensor:
-        """As that of `VAE`, from the latents z_level, reached and left by the means of what is between: what that level
-        knows of x. Raises ValueError for a level that the model does not have."""
-        if not 1 <= level <= len(self.config.latent_dims):
-            raise ValueError(f"level must be 1 to {len(self.config.latent_dims)}, not {level}")
-        z = self.encoder(self._input(x)).mean
-        for network in self.up[: level - 1]:
+    def _known_above(self, z: Tensor, level: int) -> Tensor:
+        for network in (*self.up[: level - 1], *reversed(self.down[: level - 1])):
             z = cast(NormalMLP, network)(z).mean
-        for network in reversed(self.down[: level - 1]):
-            z = cast(NormalMLP, network)(z).mean
-        return self._shown(z)
+        return z
 
     def _prior(self, keys: Tensor) -> Tensor:
         dims = self.config.latent_dims

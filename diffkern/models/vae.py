@@ -146,9 +146,17 @@ class VAE(nn.Module):
         return self.pixels.draw(given, noise).unflatten(1, self.config.shape)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """What the decoder makes of the mean of q(z | x): [B, *shape], its mean. x: as for a call."""
-        return self._shown(self.encoder(self._input(x)).mean)
+    def reconstruct(self, x: Tensor, level: int = 1) -> Tensor:
+        """What the decoder shows of the latents z_level: [B, *shape], its mean; all networks between are represented by
+        their means too. What that level knows of x. x: as for a call. Raises ValueError for a level that the model does
+        not have."""
+        if not 1 <= level <= len(self.config.latent_dims):
+            raise ValueError(f"level must be 1 to {len(self.config.latent_dims)}, not {level}")
+        return self._shown(self._known_above(self.encoder(self._input(x)).mean, level))
+
+    def _known_above(self, z: Tensor, level: int) -> Tensor:
+        """z_1 as it is after a way up to z_level and back."""
+        return z
 
     def _prior(self, keys: Tensor) -> Tensor:
         """A draw of the lowest latents, [B, latent_dims[0]]."""
