@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern.likelihood.gaussian import log_bin
+from diffkern.ops.vlb_term import bin_nll
 
 
 class Pixels(Protocol):
@@ -24,7 +24,7 @@ class Pixels(Protocol):
         """log p(x | z) in nats, of all pixels together: float64 [B]."""
 
     def mean(self, given: Tensor) -> Tensor:
-        """E[x | z]."""
+        """What to show of z: E[x | z], but for the rounding."""
 
     def draw(self, given: Tensor, noise: Tensor) -> Tensor:
         """x from standard normal noise [B, D]."""
@@ -50,8 +50,8 @@ class Bernoulli:
 
 
 class DiscretizedGaussian:
-    """Pixels on `levels` values evenly spaced on [-1, 1]: a normal rounded to them, by its mean and the logarithm of
-    its standard deviation."""
+    """Pixels on `levels` values evenly spaced on [-1, 1]: a normal rounded to them (Ho et al. 2020, eq. 13), by its
+    mean and the logarithm of its standard deviation."""
 
     parameters = 2
 
@@ -64,7 +64,9 @@ class DiscretizedGaussian:
             raise ValueError(f"x must be on the {self.levels} levels of the decoder, evenly spaced on [-1, 1]")
 
     def log_prob(self, x: Tensor, given: Tensor) -> Tensor:
-        return log_bin(x, *self._split(given), self.levels).sum(1, dtype=torch.float64)
+        mean, log_std = self._split(given)
+        nll = bin_nll(x, x - mean, x.new_tensor(1 / (self.levels - 1)), torch.exp(-log_std))
+        return -nll.sum(1, dtype=torch.float64)
 
     def mean(self, given: Tensor) -> Tensor:
         return self._split(given)[0].clamp(-1, 1)

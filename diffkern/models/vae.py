@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.likelihood.elbo import Terms
@@ -26,26 +27,30 @@ DECODERS = ("discretized_gaussian", "bernoulli")
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """shape: of one sample. latent_dims: numbers in z_1, ..., z_T. width, depth: of the hidden layers of each network.
-    decoder: "discretized_gaussian", for pixels on pixel_levels values evenly spaced on [-1, 1], or "bernoulli", for
-    pixels that are 0 or 1. Raises ModelError, a ValueError, for what cannot be built."""
+    """shape: of one sample. latent_dims: numbers in z_1, ..., z_T. width, depth, dropout: of the hidden layers of each
+    network. decoder: "discretized_gaussian", for pixels on pixel_levels values evenly spaced on [-1, 1], or
+    "bernoulli", for pixels that are 0 or 1. Raises ModelError, a ValueError, for what cannot be built."""
 
     shape: tuple[int, ...] = (1, 8, 8)
     latent_dims: tuple[int, ...] = (16,)
     width: int = 256
     depth: int = 2
+    dropout: float = 0.0
     decoder: str = "discretized_gaussian"
     pixel_levels: int = 256
 
     def __post_init__(self) -> None:
+        low = {"dropout": 0, "pixel_levels": 2}
         for f in fields(self):
-            folder.check_type(f.name, getattr(self, f.name), str(f.type), 2 if f.name == "pixel_levels" else 1)
+            folder.check_type(f.name, getattr(self, f.name), str(f.type), low.get(f.name, 1))
         folder.check_choice("decoder", self.decoder, DECODERS)
         for key, high in (("shape", 4), ("latent_dims", 64)):
             if not 1 <= len(getattr(self, key)) <= high:
                 raise folder.ModelError(f"config.json has {len(getattr(self, key))} numbers in {key}, not 1 to {high}")
         if self.depth > 64:
             raise folder.ModelError(f"config.json has depth {self.depth}: allowed here is 1 to 64")
+        if self.dropout >= 1:
+            raise folder.ModelError(f"config.json has dropout {self.dropout}: allowed here is from 0 to less than 1")
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> VAEConfig:
@@ -82,13 +87,14 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, outputs: int, config: VAEConfig) -> None:
         super().__init__()
         widths = [inputs, *[config.width] * config.depth]
+        self.dropout = config.dropout
         self.hidden = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
         self.out = nn.Linear(config.width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.flatten(1)
         for layer in self.hidden:
-            h = project(cast(nn.Linear, layer), h, "silu")
+            h = F.dropout(project(cast(nn.Linear, layer), h, "silu"), self.dropout, self.training)
         return project(self.out, h)
 
 

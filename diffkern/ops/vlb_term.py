@@ -54,11 +54,11 @@ def vlb_term(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, times
     gap = x0.to(acc) - x0_hat
     gaussian = (k0 + logvar + (var + (c1 * gap) ** 2) * torch.exp(-logvar)) / 2
     is_bin = width > 0
-    binned = _bin_nll(x0.to(acc), gap, torch.where(is_bin, width, 1.0), torch.exp(-logvar / 2))
+    binned = bin_nll(x0.to(acc), gap, torch.where(is_bin, width, 1.0), torch.exp(-logvar / 2))
     return _sum(torch.where(is_bin, binned, gaussian))
 
 
-def _bin_nll(x0: Tensor, gap: Tensor, width: Tensor, precision: Tensor) -> Tensor:
+def bin_nll(x0: Tensor, gap: Tensor, width: Tensor, precision: Tensor) -> Tensor:
     """-log [Phi((gap + width) precision) - Phi((gap - width) precision)], to a few units in the last place.
 
     By symmetry the mass lies between a and b, with a the edge that is nearer to the mean; Q = 1 - Phi.
