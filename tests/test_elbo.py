@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from diffkern import Draw, noise_keys
-from diffkern.likelihood import Terms, elbo, iwae
+from diffkern.likelihood import LinearGaussianChain, Terms, elbo, iwae
+from diffkern.likelihood.exact import Gaussian
 from diffkern.ops.randn import normal
 
 
@@ -21,63 +22,28 @@ def made(*shape: int, draw: int = 0) -> Tensor:
     return normal(noise_keys(11, 1), shape, draw, torch.float64)[0]
 
 
-class Gaussian:
-    """N(mean, chol chol^T): mean [B, d] or [d], chol [d, d]."""
-
-    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
-        self.mean, self.covariance = mean, covariance
-        self.chol = torch.linalg.cholesky(covariance)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        whitened = (z - self.mean) @ torch.linalg.inv(self.chol).mT
-        return -0.5 * (whitened**2 + math.log(2 * math.pi)).sum(1) - self.chol.diagonal().log().sum()
-
-    def kl(self, other: Gaussian) -> Tensor:
-        precision = torch.linalg.inv(other.covariance)
-        off = self.mean - other.mean
-        both = (precision @ self.covariance).trace() - len(self.chol)
-        logdet = 2 * (other.chol.diagonal() / self.chol.diagonal()).log().sum()
-        return 0.5 * ((off @ precision * off).sum(1) + both + logdet)
-
-
-class Chain:
-    """z_T ~ N(0, I), z_t-1 = W_t z_t + b_t + 0.7 epsilon, z_0 = x: sizes are those of x, z_1, ..., z_T. Its encoder
-    q(z_t | z_t-1) is the exact posterior, or with `wrong` one that is off and too narrow by as much."""
+class Inferred(LinearGaussianChain):
+    """A chain of levels of the given sizes, x first, with an encoder q(z_t | z_t-1): the exact posterior, but off and
+    too narrow by `wrong`."""
 
     def __init__(self, *sizes: int, wrong: float = 0.0) -> None:
         self.wrong = wrong
-        self.down = [(made(a, b, draw=t), made(a, draw=50 + t)) for t, (a, b) in enumerate(pairwise(sizes))]
-        self.marginals = [Gaussian(torch.zeros(sizes[-1]).double(), torch.eye(sizes[-1]).double())]
-        for w, b in reversed(self.down):
-            above = self.marginals[0]
-            covariance = w @ above.covariance @ w.mT + 0.49 * torch.eye(len(b)).double()
-            self.marginals.insert(0, Gaussian(w @ above.mean + b, covariance))
+        super().__init__([(made(a, b, draw=t), made(a, draw=9 + t), 0.5) for t, (a, b) in enumerate(pairwise(sizes))])
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.marginals[0].log_prob(x)
-
-    def q(self, t: int, lower: Tensor) -> Gaussian:
-        """q(z_t | z_t-1) by Bayes' rule."""
-        (w, b), prior = self.down[t - 1], self.marginals[t]
-        covariance = torch.linalg.inv(torch.linalg.inv(prior.covariance) + w.mT @ w / 0.49)
-        mean = (torch.linalg.inv(prior.covariance) @ prior.mean + (lower - b) @ w / 0.49) @ covariance
+    def q(self, t: int, z: Tensor) -> Gaussian:
+        mean, covariance = self.above(t, z)
         return Gaussian(mean + self.wrong, covariance / (1 + self.wrong))
-
-    def p(self, t: int, above: Tensor) -> Gaussian:
-        """p(z_t | z_t+1), of x for t = 0."""
-        w, b = self.down[t]
-        return Gaussian(above @ w.mT + b, 0.49 * torch.eye(len(b)).double())
 
     def __call__(self, x: Tensor, keys: Tensor) -> Terms:
         latents, posteriors = [x], []
         for t in range(1, len(self.marginals)):
-            posteriors.append(q := self.q(t, latents[-1]))
-            latents.append(q.mean + normal(keys, q.mean.shape[1:], Draw.VAE + t, torch.float64) @ q.chol.mT)
-        priors = [self.p(t, latents[t + 1]) for t in range(1, len(posteriors))] + [self.marginals[-1]]
+            posteriors.append(self.q(t, latents[-1]))
+            latents.append(posteriors[-1].sample(keys, Draw.VAE + t))
+        priors = [self.below(t, latents[t]) for t in range(2, len(latents))] + [self.marginals[-1]]
         levels = zip(posteriors, priors, latents[1:], strict=True)
         ratio = torch.stack([q.log_prob(z) - p.log_prob(z) for q, p, z in levels], 1)
         kl = torch.cat([ratio[:, :-1], posteriors[-1].kl(priors[-1])[:, None]], 1)
-        return Terms(-self.p(0, latents[1]).log_prob(x), ratio, kl)
+        return Terms(-self.below(1, latents[1]).log_prob(x), ratio, kl)
 
 
 X = made(64, 4, draw=99) * 2
@@ -86,7 +52,7 @@ X = made(64, 4, draw=99) * 2
 @pytest.mark.parametrize("sizes", [(4, 3), (4, 3, 2, 2)])
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_the_exact_posterior_gives_log_p_with_any_number_of_draws(sizes: tuple[int, ...], k: int):
-    chain = Chain(*sizes)
+    chain = Inferred(*sizes)
     bound = iwae(chain, X, k)
     torch.testing.assert_close(bound.log_p, chain.log_prob(X), rtol=0, atol=1e-10)
     assert math.isnan(bound.stderr[0]) if k == 1 else (bound.stderr < 1e-10).all()
@@ -94,8 +60,8 @@ def test_the_exact_posterior_gives_log_p_with_any_number_of_draws(sizes: tuple[i
 
 
 def test_the_elbo_of_a_wrong_posterior_is_below_log_p_by_the_kl_between_them():
-    chain = Chain(4, 3, wrong=0.5)
-    gap = chain.q(1, X).kl(Chain(4, 3).q(1, X))
+    chain = Inferred(4, 3, wrong=0.5)
+    gap = chain.q(1, X).kl(Inferred(4, 3).q(1, X))
 
     bound = elbo(chain, X, samples=200)
 
@@ -107,7 +73,7 @@ def test_the_elbo_of_a_wrong_posterior_is_below_log_p_by_the_kl_between_them():
 
 @pytest.mark.parametrize("sizes", [(4, 3), (4, 3, 2)])
 def test_the_bound_rises_with_k_and_stays_below_log_p(sizes: tuple[int, ...]):
-    chain = Chain(*sizes, wrong=0.3)
+    chain = Inferred(*sizes, wrong=0.3)
     x = X.repeat(12, 1)  # with noise of their own, so that a mean gap has an error bar
     bounds = [elbo(chain, x, samples=16).log_p, *(iwae(chain, x, k, seed=k, batch_size=8192).log_p for k in (2, 8, 64))]
     gaps = [chain.log_prob(x) - bound for bound in bounds]
@@ -119,19 +85,19 @@ def test_the_bound_rises_with_k_and_stays_below_log_p(sizes: tuple[int, ...]):
 
 
 def test_the_terms_of_each_level_sum_to_the_elbo():
-    chain = Chain(4, 3, 2, wrong=0.5)
+    chain = Inferred(4, 3, 2, wrong=0.5)
     bound = elbo(chain, X, samples=50)
     terms = bound.terms
     assert {name: list(term.shape) for name, term in terms.items()} == {"reconstruction": [64], "kl": [64, 2]}
     torch.testing.assert_close(bound.log_p, -terms["reconstruction"] - terms["kl"].sum(1), rtol=0, atol=1e-12)
     # Of a single level every number is known.
-    chain = Chain(4, 3, wrong=0.5)
+    chain = Inferred(4, 3, wrong=0.5)
     kl = elbo(chain, X, samples=2).terms["kl"][:, 0]
     torch.testing.assert_close(kl, chain.q(1, X).kl(chain.marginals[1]), rtol=0, atol=1e-12)
 
 
 def test_error_bars_of_the_importance_weighted_bound_are_its_spread():
-    chain = Chain(4, 3, wrong=0.3)
+    chain = Inferred(4, 3, wrong=0.3)
     bound = iwae(chain, X[:1].expand(500, 4), 64, batch_size=8192)
     spread = bound.log_p.std()
     assert abs(bound.stderr.mean() / spread - 1) < 0.15  # a spread of 500 is known within 3 %, the rest is the method's
@@ -139,7 +105,7 @@ def test_error_bars_of_the_importance_weighted_bound_are_its_spread():
 
 @pytest.mark.parametrize("score", [partial(elbo, samples=5), partial(iwae, k=5)])
 def test_an_image_has_the_same_bound_in_any_batch(score: Any):
-    chain = Chain(4, 3, 2, wrong=0.5)
+    chain = Inferred(4, 3, 2, wrong=0.5)
     whole = score(chain, X, seed=3)
     part = score(chain, X[[9, 2]], seed=3, sample_ids=[9, 2], batch_size=3)
     torch.testing.assert_close(part.log_p, whole.log_p[[9, 2]], rtol=0, atol=1e-12)
@@ -175,6 +141,6 @@ def test_batches_hold_draws_of_many_images_and_no_two_share_noise():
 )
 def test_a_wrong_argument_gets_a_sentence(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        elbo(Chain(4, 3), **{"x": X, **arguments})
+        elbo(Inferred(4, 3), **{"x": X, **arguments})
     with pytest.raises(ValueError, match="k must be > 0, not -1"):
-        iwae(Chain(4, 3), X, -1)
+        iwae(Inferred(4, 3), X, -1)
