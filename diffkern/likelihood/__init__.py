@@ -4,6 +4,7 @@ from diffkern.likelihood.denoiser import Denoiser, Levels
 from diffkern.likelihood.elbo import LatentModel, Terms, elbo, iwae
 from diffkern.likelihood.energy import energy_difference, path_dependence
 from diffkern.likelihood.exact import GaussianMixture, LinearGaussian, LinearGaussianChain
+from diffkern.likelihood.integrate import NotSolved
 from diffkern.likelihood.result import Likelihood
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Likelihood",
     "LinearGaussian",
     "LinearGaussianChain",
+    "NotSolved",
     "Terms",
     "elbo",
     "energy_difference",
