@@ -6,6 +6,7 @@ from diffkern.likelihood.energy import energy_difference, path_dependence
 from diffkern.likelihood.exact import GaussianMixture, LinearGaussian, LinearGaussianChain
 from diffkern.likelihood.integrate import NotSolved
 from diffkern.likelihood.result import Likelihood
+from diffkern.likelihood.score import score
 
 __all__ = [
     "Denoiser",
@@ -21,4 +22,5 @@ __all__ = [
     "energy_difference",
     "iwae",
     "path_dependence",
+    "score",
 ]
