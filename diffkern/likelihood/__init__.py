@@ -3,8 +3,10 @@
 from diffkern.likelihood.denoiser import Denoiser, Levels
 from diffkern.likelihood.elbo import LatentModel, Terms, elbo, iwae
 from diffkern.likelihood.energy import energy_difference, path_dependence
+from diffkern.likelihood.encode import decode, encode, round_trip_error
 from diffkern.likelihood.exact import GaussianMixture, LinearGaussian, LinearGaussianChain
 from diffkern.likelihood.integrate import NotSolved
+from diffkern.likelihood.ode import ode_log_likelihood
 from diffkern.likelihood.result import Likelihood
 from diffkern.likelihood.score import score
 
@@ -18,9 +20,14 @@ __all__ = [
     "LinearGaussianChain",
     "NotSolved",
     "Terms",
+    "decode",
     "elbo",
     "energy_difference",
     "iwae",
     "path_dependence",
+    "encode",
+    "iwae",
+    "ode_log_likelihood",
+    "round_trip_error",
     "score",
 ]
