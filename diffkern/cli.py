@@ -14,12 +14,9 @@ from typing import NoReturn
 import torch
 
 import diffkern
-from diffkern import doctor, pictures
-from diffkern.models.bundle import Diffusion, bundled, load
-from diffkern.op import BACKENDS, OPS
-from diffkern.samplers import SAMPLERS, Table, make_table
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from diffkern import doctor, options, pictures
+from diffkern.models.bundle import Diffusion, load
+from diffkern.samplers import SAMPLERS, make_table
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,10 +27,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="diffkern", description="Fused kernels to sample and to score diffusion models.")
     parser.add_argument("--version", action="version", version=f"diffkern {diffkern.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="sample|doctor", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="sample|likelihood|doctor", parser_class=_Parser
+    )
 
     s = commands.add_parser("sample", help="draw pictures with a diffusion model", description=_sample.__doc__)
-    s.add_argument("--model", default="emoji-32", help=f"{', '.join(bundled())}, or a diffusers folder")
+    options.add_model(s)
     s.add_argument("--sampler", default="dpmpp_2m", metavar="NAME", help=", ".join(SAMPLERS))
     s.add_argument("--steps", type=int, default=20, help="steps of the sampler (default 20)")
     s.add_argument("-n", type=int, default=36, help="how many pictures (default 36)")
@@ -41,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     s.add_argument("--label", action="append", metavar="NAME",
                    help="what to draw; may be given again; default: every label in turn")  # fmt: skip
     s.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale (default 3; 1: none)")
-    s.add_argument("--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} (default float32)")
-    s.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    s.add_argument("--backend", default="auto", metavar="NAME", help=f"auto, {', '.join(BACKENDS)}")
+    options.add_machine(s)
     s.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64)")
     s.add_argument("--out", type=Path, default=Path("samples.png"),
                    help="a grid .png, a .npy, or a folder for single PNGs (default samples.png)")  # fmt: skip
@@ -78,21 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sample(args: argparse.Namespace) -> None:
     """Draw pictures with a diffusion model: the bundled one, or a diffusers folder of your own."""
-    if args.n < 1:
-        raise ValueError(f"-n must be at least 1, not {args.n}")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
-    if args.dtype not in DTYPES:
-        raise ValueError(f"no dtype is named {args.dtype!r}: choose one of {', '.join(DTYPES)}")
-    device = _device(args.device)
+    options.at_least(1, n=args.n, batch_size=args.batch_size)
+    dtype, device = options.dtype_of(args.dtype), options.device_of(args.device)
     pictures.kind_of(args.out)
     with diffkern.use_backend(args.backend):
-        diffusion = load(args.model, dtype=DTYPES[args.dtype], device=device)
+        diffusion = load(args.model, dtype=dtype, device=device)
         table = make_table(args.sampler, diffusion.schedule, args.steps)
         labels, guidance = _labels(diffusion, args)
         print(f"{diffusion.name}: {args.n} pictures, {table.name}, {args.steps} steps, seed {args.seed}"
               + (f", guidance {guidance:g}" if guidance is not None else ""))  # fmt: skip
-        print(f"{doctor.device_name(device)}, {args.dtype}, backends: {_backends(diffusion, table, device)}")
+        print(options.machine(diffusion, ("randn", *diffusion.model.OPS, "sampler_step"), device))
         start = time.perf_counter()
         samples = diffkern.sample(
             diffusion.model, table, args.n, seed=args.seed, labels=labels, guidance=guidance, batch_size=args.batch_size
@@ -106,15 +98,6 @@ def _sample(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def _device(name: str) -> torch.device:
-    have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return torch.device("cuda:0" if len(have) > 1 else "cpu")
-    if name not in have and not (name == "cuda" and len(have) > 1):
-        raise ValueError(f"no device is named {name!r} here: choose one of auto, {', '.join(have)}")
-    return torch.device(name)
-
-
 def _labels(diffusion: Diffusion, args: argparse.Namespace) -> tuple[list[int] | None, float | None]:
     """The label of each picture and the guidance scale; None for a model without labels."""
     classes = len(diffusion.labels) or diffusion.model.num_classes
@@ -126,19 +109,6 @@ def _labels(diffusion: Diffusion, args: argparse.Namespace) -> tuple[list[int] |
         return None, None
     guided = diffusion.model.null_label is not None
     return [chosen[i % len(chosen)] for i in range(args.n)], args.guidance if guided else None
-
-
-def _backends(diffusion: Diffusion, table: Table, device: torch.device) -> str:
-    """Which backend each op will take, asked with a call of the size of one sample. The first question also builds the
-    native library if need be, so that its time is not counted as sampling."""
-    taken = {}
-    dtype = next(diffusion.model.parameters()).dtype
-    for name in ("randn", *diffusion.model.OPS, "sampler_step"):
-        call = next(s for s in OPS[name].make_samples(device.type, dtype))
-        taken[name] = OPS[name].choose(call.args()).name
-    if len(set(taken.values())) == 1:
-        return next(iter(taken.values()))
-    return ", ".join(f"{op} {backend}" for op, backend in taken.items())
 
 
 if __name__ == "__main__":
