@@ -2,8 +2,8 @@
 
 from diffkern.likelihood.denoiser import Denoiser, Levels
 from diffkern.likelihood.elbo import LatentModel, Terms, elbo, iwae
-from diffkern.likelihood.energy import energy_difference, path_dependence
 from diffkern.likelihood.encode import decode, encode, round_trip_error
+from diffkern.likelihood.energy import energy_difference, path_dependence
 from diffkern.likelihood.exact import GaussianMixture, LinearGaussian, LinearGaussianChain
 from diffkern.likelihood.integrate import NotSolved
 from diffkern.likelihood.ode import ode_log_likelihood
@@ -22,12 +22,11 @@ __all__ = [
     "Terms",
     "decode",
     "elbo",
+    "encode",
     "energy_difference",
     "iwae",
-    "path_dependence",
-    "encode",
-    "iwae",
     "ode_log_likelihood",
+    "path_dependence",
     "round_trip_error",
     "score",
 ]
