@@ -9,6 +9,7 @@ from diffkern.likelihood.integrate import NotSolved
 from diffkern.likelihood.ode import ode_log_likelihood
 from diffkern.likelihood.result import Likelihood
 from diffkern.likelihood.score import score
+from diffkern.likelihood.vdm import vdm
 from diffkern.likelihood.vlb import vlb, vlb_table
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "path_dependence",
     "round_trip_error",
     "score",
+    "vdm",
     "vlb",
     "vlb_table",
 ]
