@@ -58,7 +58,7 @@ def elbo(
 ) -> Likelihood:
     """The evidence lower bound E_q[log p(x | z_1)] - KL(q(z | x) || p(z)) <= log p(x), as the mean of `samples` draws.
 
-    model: see LatentModel; a module is called on its device in its dtype, as it is: in eval mode or not. x: [n, ...],
+    model: see LatentModel; a module is called on its device, in eval mode or not, as it is. x: [n, ...],
     on the levels that the model's decoder is for. seed, sample_ids: the noise of an image follows from these alone, not
     from the batch; ids default to 0..n-1. batch_size: (image, draw) pairs in a call of the model, of many images.
     progress: True, False, or None for a bar on a terminal once the work takes longer than two seconds.
@@ -66,16 +66,15 @@ def elbo(
     Returns a Likelihood with the terms "reconstruction" [n] and "kl" [n, T], level 1 first. stderr: from the spread of
     the draws; NaN for one. Raises ValueError for arguments that are not as above."""
     positive(samples=samples)
-    n, ids = len(samples_of(x)), ids_of(sample_ids, len(x))
+    ids = ids_of(sample_ids, len(samples_of(x)))
 
     def costs(terms: Terms) -> Tensor:
         return torch.cat([terms.reconstruction[:, None], terms.kl], dim=1)
 
     drawn = _drawn(model, x, samples, noise_keys(seed, ids), batch_size, progress, costs, "elbo")  # [n, samples, 1 + T]
-    per_draw, mean = -drawn.sum(2), drawn.mean(1)
-    stderr = per_draw.std(1) / samples**0.5 if samples > 1 else torch.full((n,), math.nan, dtype=torch.float64)
+    mean = drawn.mean(1)
     terms = {"reconstruction": mean[:, 0], "kl": mean[:, 1:]}
-    return Likelihood(-mean.sum(1), stderr, x[0].numel(), "elbo", terms)
+    return Likelihood(-mean.sum(1), _stderr(-drawn.sum(2)), x.shape[1:].numel(), "elbo", terms)
 
 
 def iwae(
@@ -95,7 +94,7 @@ def iwae(
     the weights over their mean and sqrt(k); too small while a few of the draws have most of the weight; NaN for k = 1.
     """
     positive(k=k)
-    n, ids = len(samples_of(x)), ids_of(sample_ids, len(x))
+    ids = ids_of(sample_ids, len(samples_of(x)))
 
     def weights(terms: Terms) -> Tensor:
         return terms.log_weight[:, None]
@@ -103,8 +102,7 @@ def iwae(
     log_weight = _drawn(model, x, k, noise_keys(seed, ids), batch_size, progress, weights, f"iwae, k = {k}")[..., 0]
     log_p = log_weight.logsumexp(1) - math.log(k)
     relative = torch.exp(log_weight - log_p[:, None])  # their mean is 1
-    stderr = relative.std(1) / k**0.5 if k > 1 else torch.full((n,), math.nan, dtype=torch.float64)
-    return Likelihood(log_p, stderr, x[0].numel(), "iwae")
+    return Likelihood(log_p, _stderr(relative), x.shape[1:].numel(), "iwae")
 
 
 @torch.no_grad()
@@ -114,8 +112,8 @@ def _drawn(
 ) -> Tensor:  # fmt: skip
     """`numbers` of the terms [B, K] of each draw of each image: float64 [n, draws, K] on the CPU."""
     positive(batch_size=batch_size)
-    device, dtype = placement(model)
-    x = x.to(device, dtype if isinstance(model, torch.nn.Module) else x.dtype)
+    device, _ = placement(model)
+    x = x.to(device)
     parts = []
     hidden, delay = (None, 2.0) if progress is None else (not progress, 0.0)
     with tqdm(total=len(x) * draws, desc=name, unit="draw", disable=hidden, delay=delay) as bar:
@@ -125,6 +123,12 @@ def _drawn(
             parts.append(numbers(model(x[image.to(device)], told)).to("cpu", torch.float64))
             bar.update(len(pairs))
     return torch.cat(parts).unflatten(0, (len(x), draws))
+
+
+def _stderr(draws: Tensor) -> Tensor:
+    """Of the means of [n, draws]: float64 [n], NaN for a single draw."""
+    n, m = draws.shape
+    return draws.std(1) / m**0.5 if n and m > 1 else torch.full((n,), math.nan, dtype=torch.float64)
 
 
 def _keys_of_draw(keys: Tensor, draw: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from diffkern.layout import accumulate
 from diffkern.likelihood.elbo import Terms
 from diffkern.models.vae import VAE, Normal, NormalMLP, VAEConfig
 from diffkern.ops.randn import Draw, randn
@@ -51,7 +52,7 @@ class HierarchicalVAE(VAE):
 
     def _prior(self, keys: Tensor) -> Tensor:
         dims = self.config.latent_dims
-        z = randn(keys, [dims[-1]], Draw.SAMPLING + len(dims) - 1, self.decoder.out.weight.dtype)
+        z = randn(keys, [dims[-1]], Draw.SAMPLING + len(dims) - 1, accumulate(self.decoder.out.weight.dtype))
         for t in reversed(range(len(dims) - 1)):
             z = cast(NormalMLP, self.down[t])(z).sample(keys, Draw.SAMPLING + t)
         return z

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkern.layout import accumulate
 from diffkern.likelihood.elbo import Terms
 from diffkern.likelihood.gaussian import kl_normal, log_normal
 from diffkern.models import folder
@@ -82,7 +83,8 @@ class Normal(NamedTuple):
 
 
 class MLP(nn.Module):
-    """[B, ...] -> [B, outputs]: linear layers with SiLU between them, in the op `linear`."""
+    """[B, ...] -> [B, outputs]: linear layers with SiLU between them, in the op `linear` and the dtype of the weights.
+    What comes out is float32 at least: nothing else is computed in less."""
 
     def __init__(self, inputs: int, outputs: int, config: VAEConfig) -> None:
         super().__init__()
@@ -92,10 +94,10 @@ class MLP(nn.Module):
         self.out = nn.Linear(config.width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.flatten(1)
+        h = x.flatten(1).to(self.out.weight.dtype)
         for layer in self.hidden:
             h = F.dropout(project(cast(nn.Linear, layer), h, "silu"), self.dropout, self.training)
-        return project(self.out, h)
+        return project(self.out, h).to(accumulate(h.dtype))
 
 
 class NormalMLP(MLP):
@@ -166,7 +168,7 @@ class VAE(nn.Module):
 
     def _prior(self, keys: Tensor) -> Tensor:
         """A draw of the lowest latents, [B, latent_dims[0]]."""
-        return randn(keys, [self.config.latent_dims[0]], int(Draw.SAMPLING), self.decoder.out.weight.dtype)
+        return randn(keys, [self.config.latent_dims[0]], int(Draw.SAMPLING), accumulate(self.decoder.out.weight.dtype))
 
     def _shown(self, z: Tensor) -> Tensor:
         return self.pixels.mean(self.decoder(z)).unflatten(1, self.config.shape)
