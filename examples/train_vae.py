@@ -36,7 +36,7 @@ BATCH = 128
 LEARNING_RATE = 2e-3
 KL_WARM_UP = 0.2  # part of the steps in which the weight of the KL rises to 1: without, high levels learn to be unused
 SIDE = 12  # digits in a row and in a column of each half of the picture
-MARGIN = 20  # pixels
+SCALE, MARGIN = 5, 20  # of the picture: how wide a pixel is drawn, and what is left for a line of text
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -83,19 +83,21 @@ def line(name: str, bound: Likelihood) -> str:
 def draw(model: VAE, x: Tensor, seed: int) -> Image.Image:
     """Samples on the left. On the right digits, and below each what z_1, ..., z_T keep of it."""
     levels = len(model.config.latent_dims)
+    latents = "z_1" if levels == 1 else f"z_1 to z_{levels}"
     rows: list[Tensor] = []
     for row in x[: SIDE * (SIDE // (levels + 1))].split(SIDE):
         rows += [row, *(model.reconstruct(row, level) for level in range(1, levels + 1))]
     panels = {
         "samples": model.sample(SIDE * SIDE, seed, mean=True),
-        "held-out digits; below each what its latents keep, level by level": torch.cat(rows),
+        f"held-out digits, each above what is made of its {latents}": torch.cat(rows),
     }
-    side = pictures.grid(pictures.to_uint8(panels["samples"]), scale=4).width
+    # Dark on light, with space around.
+    sheets = [pictures.grid(pictures.to_uint8(-shown), SCALE, gap=SCALE) for shown in panels.values()]
+    side = sheets[0].width
     whole = Image.new("RGB", (2 * side + MARGIN, side + MARGIN), "white")
-    for i, (title, shown) in enumerate(panels.items()):
-        left = i * (side + MARGIN)
-        whole.paste(pictures.grid(pictures.to_uint8(-shown), scale=4), (left, MARGIN))  # dark on light
-        ImageDraw.Draw(whole).text((left + 3, 5), title, "black")
+    for i, (title, sheet) in enumerate(zip(panels, sheets, strict=True)):
+        whole.paste(sheet, (i * (side + MARGIN), MARGIN))
+        ImageDraw.Draw(whole).text((i * (side + MARGIN) + SCALE, SCALE), title, "black")
     return whole
 
 

@@ -45,8 +45,9 @@ def test_a_short_training_bounds_and_draws_the_digits(example, tmp_path, capsys)
     picture = np.asarray(Image.open(out).convert("L"))
     # The first held-out digit, dark on light, enlarged: at the top left of the right half.
     _, held_out = example.digits()
-    top, left = example.MARGIN + 2, picture.shape[1] // 2 + example.MARGIN // 2 + 2
-    tile = picture[top : top + 32 : 4, left : left + 32 : 4]
+    scale, margin = example.SCALE, example.MARGIN
+    top, left = margin + scale, picture.shape[1] // 2 + margin // 2 + scale
+    tile = picture[top : top + 8 * scale : scale, left : left + 8 * scale : scale]
     assert np.abs(tile - (1 - held_out[0, 0].numpy()) * 127.5).max() <= 0.5
 
     first = out.read_bytes()
