@@ -14,6 +14,7 @@ from diffkern.testing import make
 X = make((2, 4, 6, 6), "cpu", torch.float32)
 R, V = make((2, 4, 6), "cpu", torch.float32), make((2, 6), "cpu", torch.float32)
 TABLE = make((5, 32), "cpu", torch.float32)
+TERMS = TABLE[:, :16].contiguous()
 KEYS, ROW, SCHEDULE = noise_keys(0, 2), torch.tensor([0, 3]), torch.rand(10, 2)
 Q = make((2, 5, 3, 8), "cpu", torch.float32)
 STEP = (X, X, TABLE, ROW, KEYS, None, None, None, None, None, None)
@@ -101,6 +102,11 @@ WRONG = [
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, X[:, :, 0, 0][:, :3]), r"add must be \[2, 4\], got \[2, 3\]"),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, X[:1, :, 0, 0], X[:, :, 0, 0]), "scale must be "),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, None, None, X[..., :2]), "skip must have the dtype and"),
+    ("vlb_term", (X, X, X[:, :3], TERMS, ROW), r"model_output must have 4 or 8 channels .*got \[2, 3, 6, 6\]"),
+    ("vlb_term", (X, X, X[:1], TERMS, ROW), r"model_output must have 4 or 8 channels .*\[2, 4, 6, 6\], got \[1, 4, "),
+    ("vlb_term", (X, X[:, :3], X, TERMS, ROW), r"x_t must have batch 2 and otherwise the shape \[2, 4, 6, 6\]"),
+    ("vlb_term", (X, X, X, TABLE, ROW), r"table must be \[T, 16\], got \[5, 32\]"),
+    ("vlb_term", (X, X, X, TERMS, torch.tensor([0, 5])), r"timestep\[1\] is 5, allowed are 0 to 4"),
     ("group_norm_silu_backward", (X, X[:1], 2), r"grad must have batch 2 and otherwise the shape"),
 ]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern.layout import accumulate, per_sample
+from diffkern.layout import accumulate, fast_dtype, per_sample
 from diffkern.op import Cost, Sample, for_gpu, op
 
 # The columns of a row; the rest of its 64 bytes is zero.
@@ -122,6 +122,17 @@ _ROWS = {
     "far decoder": _row(0.5, 1e-3, bins=1 / 255, clip=1.0),
     "hopeless decoder": _row(0.5, 1e-8, bins=1 / 255, clip=1.0),
 }
+
+
+def _supports(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, timestep: Tensor) -> bool | str:
+    if x0.dtype not in (torch.float32, model_output.dtype) or x_t.dtype != x0.dtype or table.dtype != torch.float32:
+        return "takes a float32 table, and x0 and x_t both in float32 or in the model's dtype"
+    return fast_dtype(model_output.dtype)
+
+
+@vlb_term.backend("cpu", devices=("cpu",), supports=_supports)
+def _(*args: Tensor) -> Tensor:
+    return torch.ops.diffkern_C.vlb_term.default(*args)
 
 
 @vlb_term.samples
