@@ -55,6 +55,17 @@ def test_adaptive_steps_keep_to_the_tolerance():
     assert errors[2] < errors[1] / 100 < errors[0] / 1e4
 
 
+def test_the_integrals_are_kept_to_the_tolerance_too():
+    """y stands still and would be right in one step; q is the integral of cos(20 s)."""
+
+    def waving(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(y), torch.stack([torch.cos(20 * s), torch.ones_like(s)], dim=1)
+
+    y = torch.ones(1, 1, dtype=torch.float64)
+    solution = solve(waving, y, [0.0, 2.0], Solver("dopri5", 1, 1e-6, 1e-6))
+    assert solution.integrals[0].tolist() == pytest.approx([math.sin(40) / 20, 2.0], abs=1e-5)
+
+
 def test_a_sample_takes_the_steps_that_it_takes_alone():
     """y turns at a rate that each sample carries with it: an easy one, a stiff one and one that stands still."""
 
