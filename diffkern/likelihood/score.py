@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffkern.layout import per_sample
 from diffkern.likelihood.denoiser import Denoiser
-from diffkern.likelihood.inputs import labels_of, samples_of
+from diffkern.likelihood.inputs import labels_of, samples_of, timesteps_of
 from diffkern.schedules import Schedule
 
 
@@ -24,16 +24,7 @@ def score(model: Any, x: Tensor, t: int | Tensor, schedule: Schedule | None = No
     timesteps that the schedule does not have."""
     denoiser = Denoiser.of(model, schedule)
     x = samples_of(x)
-    timestep = torch.as_tensor(t)
-    if timestep.is_floating_point() or timestep.shape not in ((), (len(x),)):
-        raise ValueError(f"t must be one or {len(x)} whole timesteps, not {timestep.dtype} {list(timestep.shape)}")
-    T = len(denoiser.schedule)
-    if timestep.numel() and not 0 <= timestep.min() <= timestep.max() < T:
-        raise ValueError(f"t must be timesteps of the schedule, 0 to {T - 1}")
-    if denoiser.schedule.prediction == "epsilon" and (denoiser.schedule.alpha_t[timestep.cpu()] == 0).any():
-        raise ValueError("a model that predicts epsilon knows no x0 where alpha_t = 0: it must predict v or x0")
-    classes = labels_of(denoiser, labels, len(x))
-    levels = denoiser.at(timestep.to(torch.int64).expand(len(x)))
+    levels, classes = denoiser.at(timesteps_of(denoiser, t, len(x))), labels_of(denoiser, labels, len(x))
     x = x.to(denoiser.device)
     _, epsilon = denoiser.predict(x, levels, classes)
     return -per_sample(1 / levels.sigma, x).to(x.dtype) * epsilon
