@@ -124,7 +124,21 @@ def test_a_gpu_takes_the_steps_that_a_cpu_takes():
     y = torch.tensor([[1.0], [-3.0]], dtype=torch.float64)
     solver = Solver("dopri5", 1, 1e-7, 1e-7)
     shares: list[float] = []
-    here, there = solve(field, y, [0.0, 2.0], solver), solve(field, y.cuda(), [0.0, 2.0], solver, shares.append)
+
+    def watched(s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        torch.cuda.set_sync_debug_mode("error")  # nothing in the loop waits for the device
+        return field(s, y)
+
+    def done(share: float) -> None:
+        shares.append(share)
+        if share == 1.0:
+            torch.cuda.set_sync_debug_mode("default")
+
+    here = solve(field, y, [0.0, 2.0], solver)
+    try:
+        there = solve(watched, y.cuda(), [0.0, 2.0], solver, done)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(here.steps, there.steps.cpu())
     torch.testing.assert_close(here.y, there.y.cpu(), rtol=1e-12, atol=1e-12)
     assert shares == sorted(shares)

@@ -155,7 +155,7 @@ def _adaptive(
     if short:
         raise NotSolved(
             f"{short} of {len(y)} samples did not get to the end of the ODE in {solver.max_steps} steps with "
-            f"rtol={solver.rtol} and atol={solver.atol}: allow more, or take a fixed-step solver"
+            f"rtol={solver.rtol} and atol={solver.atol}: allow larger errors, or take a solver of fixed steps"
         )
     return Solution(y, q, steps)
 
@@ -210,20 +210,19 @@ class _Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event() if device.type == "cuda" else None
-        self.seen: Tensor | None = None
+        self.asked = False
+        self.share = torch.zeros((), dtype=torch.float64, pin_memory=self.event is not None)
 
     def saw(self, share: Tensor, done: Callable[[float], None]) -> bool:
         """Whether the share, a float64 of one number on the device, was 1 when last seen. done: told it."""
         if self.event is None:
             done(share.item())
             return share.item() == 1.0
-        if self.seen is not None and not self.event.query():
+        if self.asked and not self.event.query():
             return False
-        finished = False
-        if self.seen is not None:
-            done(self.seen.item())
-            finished = self.seen.item() == 1.0
-        self.seen = torch.empty_like(share, device="cpu", pin_memory=True)
-        self.seen.copy_(share, non_blocking=True)
+        seen = self.share.item() if self.asked else 0.0
+        done(seen)
+        self.share.copy_(share, non_blocking=True)
         self.event.record(torch.cuda.current_stream(share.device))
-        return finished
+        self.asked = True
+        return seen == 1.0

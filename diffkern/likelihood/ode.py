@@ -78,6 +78,7 @@ def ode_log_likelihood(
     unknown, NaN, unless nothing was drawn. seed, sample_ids: of the probes and the noise; the ids default to 0..n-1.
     batch_size: paths that are followed at once. progress: as for `diffkern.sample`.
 
+    A sample's figure depends on its id, not on its batch: bit for bit under `batch_invariant` with "difference".
     The terms are "prior", "divergence" (with the change of scale) and "dequantization". A network computes in float32,
     log p adds up in float64. Raises ValueError for arguments that do not fit together and NotSolved, an
     ArithmeticError, where the solver does not get to the end."""
@@ -104,41 +105,39 @@ def ode_log_likelihood(
             )
     n = len(x)
     classes, ids = labels_of(denoiser, labels, n), ids_of(sample_ids, n)
-    count = 1 if divergence == "exact" else probes
 
     # A repeat is another path of the same sample: all paths are followed in batches.
     terms = torch.zeros(3, n * repeats, dtype=torch.float64)
-    each_probe = torch.zeros(n * repeats, count, dtype=torch.float64)
+    each_probe = torch.zeros(n * repeats, 1 if divergence == "exact" else probes, dtype=torch.float64)
     with frozen(denoiser.model), in_batches(n * repeats, batch_size, progress, "ode") as parts:
         for part, done in parts:
             which, repeat = part // repeats, (part % repeats).to(denoiser.device)
             keys = noise_keys(seed, ids[which], denoiser.device)
-            data = x[which].to(denoiser.device)
-            log_q = torch.zeros(len(part), dtype=torch.float64)
+            data, log_q = x[which].to(denoiser.device), torch.zeros(len(part), dtype=torch.float64)
             if dequantization is not None:
                 data, log_q = dequantize(dequantization, data, math.tan(path.first), keys, repeat)
             given = None if classes is None else classes[which]
             if divergence == "exact":
                 field = likelihood_field(denoiser, given, None)
             else:
-                noise = probes_of(probe, keys, shape, repeat * probes, probes, path.dtype(x))
-                field = (difference_field if divergence == "difference" else likelihood_field)(denoiser, given, noise)
+                drawn = probes_of(probe, keys, shape, repeat * probes, probes, path.dtype(x))
+                field = (difference_field if divergence == "difference" else likelihood_field)(denoiser, given, drawn)
             y = (math.cos(path.first) * data).to(path.dtype(x))
             solution = solve(field, y, path.grid, path.solver, done)
-            z = solution.y.to(torch.float64) / path.scale
-            prior = 0.5 * (z**2 + math.log(2 * math.pi)).flatten(1).sum(1) + dims * math.log(path.scale)
-            scaled = solution.integrals + dims * math.log(math.cos(path.first))
-            terms[:, part] = torch.stack([prior, -scaled.mean(1), log_q.to(prior.device)]).cpu()
-            each_probe[part] = scaled.cpu()
+            terms[0, part] = path.prior(solution.y).cpu()
+            each_probe[part] = -(solution.integrals + dims * math.log(math.cos(path.first))).cpu()
+            terms[1, part] = each_probe[part].mean(1)
+            terms[2, part] = log_q.cpu()
 
-    terms, each_probe = terms.reshape(3, n, repeats), each_probe.reshape(n, repeats, count)
+    terms = terms.reshape(3, n, repeats)
     named = dict(zip(("prior", "divergence", "dequantization"), terms.mean(2), strict=True))
+    stderr = torch.full((n,), math.nan, dtype=torch.float64)
     if dequantization is None:
         del named["dequantization"]
-    exact = divergence == "exact" and dequantization is None
-    stderr = torch.full((n,), 0.0 if exact else math.nan, dtype=torch.float64)
-    if not exact and repeats > 1:
+        if divergence == "exact":
+            stderr.zero_()
+        elif repeats == 1 and probes > 1:
+            stderr = each_probe.std(1) / probes**0.5
+    if repeats > 1 and not (stderr == 0).all():
         stderr = terms.sum(0).std(1) / repeats**0.5
-    elif not exact and dequantization is None and count > 1:
-        stderr = each_probe[:, 0].std(1) / count**0.5
     return Likelihood(-terms.sum(0).mean(1), stderr, dims, "ode", named)

@@ -45,6 +45,11 @@ class Path:
     def first(self) -> float:
         return self.grid[0]
 
+    def prior(self, y: Tensor) -> Tensor:
+        """-log p(y) at the last angle, where y / s is taken to be standard normal: float64 [B]."""
+        z = (y.to(torch.float64) / self.scale).flatten(1)
+        return (0.5 * (z**2 + math.log(2 * math.pi)) + math.log(self.scale)).sum(1)
+
     def dtype(self, x: Tensor) -> torch.dtype:
         """What y is in: the model's dtype, or that of x for a callable, but at least float32."""
         return torch.promote_types(self.denoiser.dtype or x.dtype, torch.float32)
