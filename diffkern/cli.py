@@ -1,4 +1,4 @@
-"""The command line: `diffkern sample` and `diffkern doctor`.
+"""The command line: `diffkern sample`, `diffkern likelihood` and `diffkern doctor`.
 
 Whatever is wrong with the input gets one sentence that names what is allowed, on standard error, and exit code 2."""
 
@@ -15,6 +15,7 @@ import torch
 
 import diffkern
 from diffkern import doctor, options, pictures
+from diffkern.likelihood import command
 from diffkern.models.bundle import Diffusion, load
 from diffkern.samplers import SAMPLERS, make_table
 
@@ -46,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
                    help="a grid .png, a .npy, or a folder for single PNGs (default samples.png)")  # fmt: skip
     s.set_defaults(run=_sample)
 
+    command.add(commands.add_parser("likelihood", help="score pictures with a diffusion model: bits per dimension"))
+
     d = commands.add_parser("doctor", help="what is here, what is ready, and why not", description=doctor.__doc__)
     d.add_argument("--json", action="store_true", help="the same as JSON")
     d.set_defaults(run=lambda args: doctor.main(args.json))
@@ -67,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print(f"diffkern {args.command}: out of memory: give a smaller --batch-size", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"diffkern {args.command}: stopped; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"diffkern {args.command}: stopped; {str(e) or 'nothing was written'}", file=sys.stderr)
         return 130
     return 0
 

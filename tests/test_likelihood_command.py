@@ -1,0 +1,330 @@
+"""`diffkern likelihood` as a user meets it: the functions' figures, a run that goes on after a kill with the same ones,
+and one sentence and exit code 2 for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folders import CONFIG, SCHEDULER, write_tiny
+from PIL import Image
+
+import diffkern
+from diffkern.cli import main
+from diffkern.data import Pictures, load_data
+from diffkern.data.emoji import LABELS
+from diffkern.likelihood import command
+from diffkern.likelihood.ode import ode_log_likelihood
+from diffkern.likelihood.run import METHODS, identity
+from diffkern.likelihood.vdm import vdm
+from diffkern.likelihood.vlb import vlb
+from diffkern.models.unet import UNet2D
+
+T = 12
+
+
+@pytest.fixture(scope="module", name="folder")
+def make_folder(tmp_path_factory):
+    """The tiny model with a schedule of few timesteps, and beside it five pictures."""
+    folder = write_tiny(tmp_path_factory.mktemp("tiny"))
+    (folder / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, "num_train_timesteps": T}))
+    (folder / "pictures").mkdir()
+    for i, levels in enumerate(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(levels).save(folder / "pictures" / f"picture-{i}.png")
+    return folder
+
+
+@pytest.fixture(name="here")
+def go_somewhere_empty(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def arguments(folder, *more):
+    given = ["likelihood", "--model", folder, "--batch-size", 2, "--solver", "heun", "--steps", 3]
+    if "--data" not in more:
+        given += ["--data", folder / "pictures"]
+    return list(map(str, [*given, *more]))
+
+
+@pytest.fixture(name="score")
+def make_score(folder, here):
+    """Runs the command on the tiny model in an empty folder."""
+    return lambda *more: main(arguments(folder, *more))
+
+
+def read(path="likelihood.json"):
+    return json.loads(Path(path).read_text())
+
+
+def without_times(value):
+    """What must be equal, to the bit, in two runs."""
+    for result in value["results"]:
+        assert result.pop("seconds") >= 0
+    return value
+
+
+def test_the_figures_are_those_of_the_functions(score, folder, capsys):
+    assert score("--seed", 3) == 0
+    said = capsys.readouterr().out
+    run = read()
+    assert run["complete"] is True
+    assert [r["method"] for r in run["results"]] == ["vlb", "vdm", "ode"]
+    (facts,) = run["data"].values()
+    assert facts["names"] == [f"picture-{i}" for i in range(5)]
+    assert facts["labels"] == "none"
+
+    model = diffkern.load(folder)
+    x = load_data(folder / "pictures", (3, 8, 8)).images
+    ode = ode_log_likelihood(
+        model, x, solver="heun", steps=3, divergence="difference", dequantization="uniform", seed=3
+    )
+    for result, expected in zip(
+        run["results"],
+        (vlb(model, x, seed=3), vdm(model, x, points=T - 1, seed=3), ode),
+        strict=True,
+    ):
+        # as in another batch, where libraries may add up in another order
+        torch.testing.assert_close(
+            torch.tensor(result["log_p"], dtype=torch.float64), expected.log_p, rtol=1e-5, atol=0
+        )
+        mean, error = average_of(result)
+        assert result["bits_per_dim"] == pytest.approx(mean, rel=1e-12)
+        assert result["standard_error"] == pytest.approx(error, rel=1e-12)
+        assert set(result["terms"]) == set(expected.terms)
+        assert result["evaluations"] >= 5
+        for shown in (result["method"], f"{mean:.4f}", f"{error:.4f}", METHODS[result["method"]].figure):
+            assert shown in said
+        assert f"{result['bits_per_dim']:.4f}" in said
+    assert "5 of " in said
+    assert "without labels" in said
+    assert "float32, backends: " in said
+    assert "picture-4" in said, "few pictures are listed"
+    assert os.listdir() == ["likelihood.json"]
+
+
+def average_of(result):
+    bits = [-p / (192 * math.log(2)) for p in result["log_p"]]
+    return np.mean(bits), np.std(bits, ddof=1) / len(bits) ** 0.5
+
+
+def test_json_on_standard_output_is_what_the_file_holds(score, capsys):
+    assert score("--method", "ode", "-n", 2, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == read()
+    assert "backends: " in err
+
+
+# Dies as by a power cut while it writes the file for the fourth time.
+KILLED = """
+import math, os, signal, sys
+from diffkern import cli
+from diffkern.likelihood import record
+record.SHARE = math.inf  # written after every part
+writes = []
+replace = os.replace
+def dying(*args):
+    writes.append(args)
+    if len(writes) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*args)
+os.replace = dying
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_figures(score, folder, capsys):
+    assert score("--out", "whole.json") == 0
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments(folder)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    half = read()
+    assert half["complete"] is False
+    assert [r["scored"] for r in half["results"]] == [3, 0, 0]
+    capsys.readouterr()
+
+    assert score() == 0
+
+    assert "goes on after 3 of 15 scores" in capsys.readouterr().out
+    assert without_times(read()) == without_times(read("whole.json"))
+
+
+def test_a_run_can_grow_and_its_figures_stay(score, folder, capsys):
+    assert score("--method", "vlb", "-n", 2) == 0
+    before = read()
+    assert score("--method", "all", "-n", 2, "--data", folder / "pictures", "--data", "noise") == 0
+    after = read()
+    assert after["results"][0] == before["results"][0], "what is scored is not scored again"
+    assert [(r["data"], r["method"]) for r in after["results"]][3:] == [("noise", m) for m in METHODS]
+    assert "2 of noise without labels" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_what_is_kept(score, monkeypatch, capsys):
+    calls: list[object] = []
+
+    def stop(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return vlb(*args, **kwargs)
+
+    monkeypatch.setitem(METHODS, "vlb", METHODS["vlb"]._replace(score=stop))
+    assert score("--method", "vlb") == 130
+    kept = "what is done is kept in likelihood.json: the same command goes on from there"
+    assert capsys.readouterr().err == f"diffkern likelihood: stopped; {kept}\n"
+    assert read()["results"][0]["scored"] == 2
+    calls[:] = [None] * 2
+    assert score("--method", "vlb", "--out", "new.json") == 130
+    assert capsys.readouterr().err == "diffkern likelihood: stopped; nothing was written\n"
+    assert os.listdir() == ["likelihood.json"]
+
+
+def test_a_plot_shows_every_set(score, folder):
+    pytest.importorskip("matplotlib")
+    assert score("-n", 2, "--data", "noise", "--data", folder / "pictures", "--plot", "terms.png") == 0
+    with Image.open("terms.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert pixels.shape == (750, 1650, 3)
+    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # matplotlib's first two: a set each
+        drawn = np.abs(pixels - color).max(axis=-1) < 8
+        assert drawn[:, :1000].sum() > 300, "a curve"
+        assert drawn[:, 1200:].sum() > 100, "totals"
+    assert sorted(os.listdir()) == ["likelihood.json", "terms.png"]
+
+
+@pytest.mark.parametrize(("terms", "count"), [("all", T - 1), ("4", 4), (None, T - 1)])
+def test_terms_are_all_or_some(score, terms, count):
+    assert score("--method", "vlb", "-n", 1, *(() if terms is None else ("--terms", terms))) == 0
+    assert np.shape(read()["results"][0]["terms"]["transitions"]) == (1, count)
+
+
+def test_labels_are_used_where_the_model_has_them(folder):
+    model = diffkern.load(folder)
+    own = Pictures("own", torch.zeros(3, 3, 8, 8), ("a", "b", "c"), torch.tensor([1, 0, 1]), ("Flags", LABELS[0]))
+    labels, said = command._labels(model, own, None, unlabelled=False)
+    assert labels is not None
+    assert labels.tolist() == [0, 2, 0], "by name, not by number"
+    assert said == "own"
+    assert command._labels(model, own, None, unlabelled=True) == (None, "none")
+    labels, said = command._labels(model, own, "food", unlabelled=False)
+    assert labels is not None
+    assert labels.tolist() == [1, 1, 1]
+    assert said == "Food & Drink"
+    model.model.null_label = None
+    with pytest.raises(ValueError, match="needs a label, which own has not: give --label"):
+        command._labels(model, own, None, unlabelled=True)
+
+
+def test_a_model_is_known_by_its_weights_and_schedule(folder):
+    model = diffkern.load(folder)
+    before = identity(model)
+    assert before == identity(diffkern.load(folder))
+    with torch.no_grad():
+        next(p for p in model.model.parameters()).view(-1)[-1] += 1e-6
+    assert identity(model) != before
+
+
+WRONG = {
+    ("--method", "unipc"): "'unipc' is a sampler, which draws pictures and gives no likelihood: choose one of vlb, vdm",
+    ("--method", "magic"): "no method is named 'magic': choose one of vlb, vdm, ode, all",
+    ("--data", "cats"): "no data is named 'cats': give a folder of PNGs or one of held-out, train, digits, noise",
+    ("--data", "."): ". has no picture whose name ends in .png",
+    ("-n", "0"): "-n must be at least 1, not 0",
+    ("--repeats", "0"): "--repeats must be at least 1, not 0",
+    ("--batch-size", "0"): "--batch-size must be at least 1, not 0",
+    ("--terms", str(T)): f"--terms must be all, or from 3 to {T - 1}, the number of transitions, not {T}",
+    ("--terms", "-1"): "--terms must be all, or from 3",
+    ("--tolerance", "nan"): "--tolerance must be finite and > 0, not nan",
+    ("--solver", "euler9"): "no solver is named 'euler9': choose one of dopri5",
+    ("--variance", "big"): "no variance is named 'big': choose one of fixed_small",
+    ("--divergence", "curl"): "no divergence is named 'curl': choose one of hutchinson, difference, exact",
+    (
+        "--divergence",
+        "difference",
+        "--dtype",
+        "bfloat16",
+    ): "--divergence difference says nothing in bfloat16: take hutchinson, or",
+    ("--dequantization", "no"): "no dequantization is named 'no': choose one of uniform, variational",
+    ("--label", "dragons"): "no label is named 'dragons'",
+    ("--dtype", "int8"): "no dtype is named 'int8': choose one of",
+    ("--device", "tpu"): "no device is named 'tpu' here",
+    ("--seed", str(1 << 64)): "does not fit in 64 bits",
+    ("--out", "no/such/place.json"): "cannot write no/such/place.json: no/such is not a folder",
+    ("--plot", "terms.gif"): "cannot draw terms.gif: give a name that ends in .png, .svg, .pdf",
+    ("--plot", "no/such/place.png"): "cannot write no/such/place.png: no/such is not a folder",
+}
+
+
+def expect_a_sentence(run, message, capsys, left=()):
+    capsys.readouterr()
+    assert run() == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert err.count("\n") == 1, f"one sentence, not: {err}"
+    assert sorted(os.listdir()) == sorted(left), "nothing is written"
+
+
+@pytest.mark.parametrize("args", WRONG, ids=" ".join)
+def test_wrong_input_gets_a_sentence(score, args, capsys):
+    expect_a_sentence(lambda: score(*args), WRONG[args], capsys)
+
+
+def test_a_file_of_another_run_is_left_alone(score, folder, tmp_path, capsys):
+    assert score("--method", "vlb", "-n", 1) == 0
+    before = Path("likelihood.json").read_bytes()
+    other = write_tiny(tmp_path / "other")
+    for args, said in (
+        (("--seed", 1, "--repeats", 2), "holds a run with seed 0, not 1 and repeats 1, not 2: give another --out, or"),
+        (("-n", 2), f"1 pictures of {folder / 'pictures'}, not 2"),
+        (("--model", other), "another model"),
+        (("--label", "food"), f"other labels of {folder / 'pictures'}"),
+    ):
+        given = ("--method", "vlb", "-n", 1, *args)
+        expect_a_sentence(lambda given=given: score(*given), said, capsys, left=["likelihood.json"])
+        assert Path("likelihood.json").read_bytes() == before
+    assert score("--method", "vlb", "-n", 1, "--seed", 1, "--restart") == 0
+    assert read()["settings"]["seed"] == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "x"}', "half"])
+def test_a_damaged_file_is_left_alone(score, content, capsys):
+    if content == "half":
+        assert score("--method", "vlb", "-n", 2) == 0
+        value = read()
+        value["results"][0]["log_p"].pop()
+        content = json.dumps(value)
+    Path("likelihood.json").write_text(content)
+    message = "likelihood.json is damaged, or no result of this command: give another --out, or --restart"
+    expect_a_sentence(lambda: score("--method", "vlb", "-n", 2), message, capsys, left=["likelihood.json"])
+    assert Path("likelihood.json").read_text() == content
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_that_are_not_finite_are_no_figures(score, folder, method, monkeypatch, capsys):
+    load = diffkern.load
+
+    def broken(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.model.state_dict()["conv_out.bias"][0] = torch.nan
+        return model
+
+    monkeypatch.setattr(command, "load", broken)
+    message = "that are not finite in bfloat16: try --dtype float32"
+    expect_a_sentence(lambda: score("--method", method, "--dtype", "bfloat16"), message, capsys)
+
+
+def test_a_model_of_latents_is_refused(score, folder, tmp_path, capsys):
+    copy = tmp_path / "latents"
+    copy.mkdir()
+    UNet2D(replace(CONFIG, in_channels=4, out_channels=4)).save(copy, torch.float32)
+    (copy / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    message = "the model's samples are 4 x 8 x 8, and no pictures of 1 or 3 channels"
+    expect_a_sentence(lambda: score("--model", copy), message, capsys)
