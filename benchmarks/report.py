@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import report_likelihood
+
 ROOT = Path(__file__).parent.parent
 RESULTS, README, DETAILS = ROOT / "benchmarks" / "results", ROOT / "README.md", ROOT / "docs" / "figures.md"
-BEGIN, END = "<!-- figures: python benchmarks/report.py -->\n", "<!-- end of figures -->\n"
+BEGIN, END = "<!-- {}: python benchmarks/report.py -->\n", "<!-- end of {} -->\n"
 OURS = ("cuda", "triton", "cpu")
 COMPILED = ("torch.compile", "torch.compile, max-autotune")
 EAGER = ("diffusers", "diffusers, channels_last")
@@ -288,10 +290,17 @@ def schedulers(record: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def likelihoods() -> list[str]:
+    """What the bundled model says of pictures, and how long a bound takes."""
+    tables = [report_likelihood.scores(record) for record in load("likelihood")]
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for record in load("vlb-*"):
+        machines.setdefault(where(record["machine"]), []).append(record)
+    return [*tables, *(report_likelihood.speed(records, name) for name, records in machines.items())]
+
+
 def readme_with_figures() -> str:
     """README.md as it should be."""
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
     networks = load("end_to_end-*")
     parts = [
         *filter(None, [gpu_summary(networks)]),
@@ -299,7 +308,12 @@ def readme_with_figures() -> str:
         accelerated_summary(networks),
         *(ops_summary(*item) for item in _machines().items()),
     ]
-    return before + BEGIN + "\n".join(parts) + END + rest.split(END)[1]
+    text = README.read_text(encoding="utf-8")
+    for name, found in (("likelihoods", likelihoods()), ("figures", parts)):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, rest = text.split(begin)
+        text = before + begin + "\n".join(found) + end + rest.split(end)[1]
+    return text
 
 
 def details() -> str:
