@@ -103,7 +103,7 @@ def vlb(
     a smooth curve, to about a tenth (NaN for fewer than 3 transitions).
 
     terms of the result: "prior" [n], "decoder" [n], and "transitions" [n, T - 1], column j that of t = j + 1, or with
-    `terms` [n, K], a part of their sum each.
+    `terms` [n, K], that of each stratum, both from data to noise.
     Raises ValueError for arguments that are not these, with a sentence that says what is allowed."""
     denoiser = Denoiser.of(model, schedule)
     table = vlb_table(denoiser.schedule, variance, decoder, clip)
