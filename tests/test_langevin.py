@@ -81,17 +81,20 @@ def test_predictor_corrector_takes_the_ancestral_step_of_a_variance_preserving_s
 # Song & Ermon 2019, section 3.2.2: Langevin dynamics at one level never learns the weights of modes so far apart.
 FAR = GaussianMixture([0.2, 0.8], [[-5.0, -5.0], [5.0, 5.0]], [1.0, 0.5])
 N = 2000
+schedules = pytest.mark.parametrize("schedule", [WIDE, linear(1000, prediction="v")], ids=["edm", "vp"])
 
 
-def assert_recovered(mixture: GaussianMixture, x: Tensor, bias: float) -> None:
-    """The share of each mode, its mean and its variance, within four standard errors and a share `bias` of the
-    variance."""
+def assert_recovered(mixture: GaussianMixture, x: Tensor, bias: float, weight_bias: float = 0.0) -> None:
+    """The weight of each mode, its mean and its variance, within four standard errors, weight_bias, and a share `bias`
+    of the variance."""
     x = x.to(torch.float64)
     mode = mixture.responsibilities(x).argmax(1)  # the modes of FAR do not overlap
     for k, (weight, mean, variance) in enumerate(zip(mixture.weights, mixture.means, mixture.variances, strict=True)):
         own = x[mode == k]
         n = len(own)
-        assert abs(n / len(x) - weight) < 4 * (weight * (1 - weight) / len(x)) ** 0.5, f"weight of mode {k}: {n}"
+        assert abs(n / len(x) - weight) < 4 * (weight * (1 - weight) / len(x)) ** 0.5 + weight_bias, (
+            f"weight of mode {k}: {n}"
+        )
         assert ((own.mean(0) - mean).abs() < 4 * (variance / n) ** 0.5).all(), f"mean of mode {k}"
         off = own.var(0) / variance - 1
         assert (off.abs() < 4 * (2 / n) ** 0.5 + bias).all(), f"variance of mode {k}: {off}"
@@ -101,12 +104,15 @@ def draw(table: Table, schedule: Schedule) -> Tensor:
     return diffkern.sample(FAR.model(schedule), table, N, shape=(2,), seed=1, batch_size=N, progress=False)
 
 
-def test_annealed_langevin_recovers_a_mixture():
-    table = make_table("annealed_langevin", WIDE, 60, langevin_steps=8)
-    assert_recovered(FAR, draw(table, WIDE), bias=1.5 * math.log(20 / 0.05) / (2 * 0.5**2 * 480))  # see its docstring
+@schedules
+def test_annealed_langevin_recovers_a_mixture(schedule: Schedule):
+    table = make_table("annealed_langevin", schedule, 40)
+    levels = math.log(table.rows[0].noise / table.rows[-2].noise)
+    # Both biases are in its docstring. That of the weights is 0.02 here, measured with 10 000 samples.
+    assert_recovered(FAR, draw(table, schedule), bias=1.5 * levels / (2 * 0.4**2 * 800), weight_bias=0.02)
 
 
-@pytest.mark.parametrize("schedule", [WIDE, linear(1000, prediction="v")], ids=["edm", "vp"])
+@schedules
 def test_predictor_corrector_recovers_a_mixture(schedule: Schedule):
     table = make_table("predictor_corrector", schedule, 100, spacing="karras")
     assert_recovered(FAR, draw(table, schedule), bias=0.05)  # of steps of this size
@@ -115,7 +121,7 @@ def test_predictor_corrector_recovers_a_mixture(schedule: Schedule):
 def test_langevin_at_one_level_gets_the_weights_wrong():
     """What the annealing is for; and the check above sees it."""
     annealed = make_table("annealed_langevin", WIDE, 20, langevin_steps=20, snr=0.4)
-    one_level = list(annealed.rows[12 * 20 : 13 * 20]) * 20  # sigma = 0.45, below the modes' spread
+    one_level = list(annealed.rows[12 * 20 : 13 * 20]) * 10  # sigma = 0.45, below the modes' spread
     x = draw(Table(one_level, 5.0), WIDE)
     with pytest.raises(AssertionError, match="weight of mode 0"):
-        assert_recovered(FAR, x, bias=math.inf)
+        assert_recovered(FAR, x, bias=math.inf, weight_bias=0.02)
