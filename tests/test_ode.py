@@ -188,8 +188,8 @@ def test_a_picture_scores_the_same_in_any_batch_under_batch_invariant():
 
 
 def test_the_scales_at_both_ends_are_right():
-    """On a short arc, far from both of its ends, and data that is all but one point: x is noise and z its multiple."""
-    schedule = schedules.edm(32, sigma_min=0.5, sigma_max=2.0)
+    """On a short arc, at whose ends they do not cancel, and data that is all but one point: z is a multiple of x."""
+    schedule = schedules.edm(32, sigma_min=0.5, sigma_max=4.0)
     point = GaussianMixture([1.0], [[0.0]], [1e-6])
     x = torch.tensor([[0.3], [-1.0]], dtype=torch.float64)
     assert (of(point, x, schedule).log_p - exact(point, x, schedule)).abs().max() < 1e-4
