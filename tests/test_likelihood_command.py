@@ -18,10 +18,11 @@ from folders import CONFIG, SCHEDULER, write_tiny
 from PIL import Image
 
 import diffkern
+from diffkern import schedules
 from diffkern.cli import main
 from diffkern.data import Pictures, load_data
 from diffkern.data.emoji import LABELS
-from diffkern.likelihood import command
+from diffkern.likelihood import command, plot
 from diffkern.likelihood.ode import ode_log_likelihood
 from diffkern.likelihood.run import METHODS, identity
 from diffkern.likelihood.vdm import vdm
@@ -197,6 +198,32 @@ def test_a_plot_shows_every_set(score, folder):
         assert drawn[:, :1000].sum() > 300, "a curve"
         assert drawn[:, 1200:].sum() > 100, "totals"
     assert sorted(os.listdir()) == ["likelihood.json", "terms.png"]
+
+
+@pytest.mark.parametrize(("method", "options"), [(vlb, {"terms": 9}), (vdm, {"points": 9}), (vlb, {})])
+def test_the_plot_has_each_term_at_the_timesteps_that_it_was_taken_at(method, options):
+    schedule, asked = schedules.cosine(100), []
+
+    def model(x, time):
+        asked.extend(time.tolist())
+        return x
+
+    n = 20
+    method(model, load_data("noise", (1, 2, 2), n).images, schedule, batch_size=n, **options)
+    count = options.get("terms", options.get("points", 99))
+    taken = torch.tensor(asked, dtype=torch.float64).reshape(-1, n)[-count:]  # a row for each term, the decoder's first
+
+    t, width = plot.timesteps(schedule, method.__name__, count)
+
+    assert width.sum().item() == pytest.approx(99)
+    edges = torch.cat([torch.zeros(1, dtype=torch.float64), width.cumsum(0)])
+    if method is vdm:  # from noise to data
+        edges = 99 - edges
+        low, high = edges[1:] - 0.5, edges[:-1] + 0.5  # between timesteps they interpolate differently
+    else:
+        low, high = edges[:-1].floor() + 1, edges[1:].ceil()
+    assert ((taken >= low[:, None]) & (taken <= high[:, None])).all()
+    assert ((t >= low - 0.5) & (t <= high + 0.5)).all()  # where parts of one timestep lie side by side around it
 
 
 @pytest.mark.parametrize(("terms", "count"), [("all", T - 1), ("4", 4), (None, T - 1)])
