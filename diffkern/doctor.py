@@ -17,7 +17,7 @@ from diffkern import native, toolchain
 from diffkern.models.bundle import bundled
 from diffkern.op import BACKENDS, OPS, availability, forced_backend
 
-PACKAGES = ("torch", "triton", "diffusers", "numpy", "safetensors", "ninja")
+PACKAGES = ("torch", "triton", "diffusers", "numpy", "safetensors", "ninja", "matplotlib", "scikit-learn")
 TOOLS = {"c++": toolchain.find_compiler, "nvcc": toolchain.find_nvcc}
 
 

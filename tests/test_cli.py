@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from folders import LABELS, write_tiny
 from PIL import Image
+from sentences import expect_a_sentence
 
 import diffkern
 from diffkern.cli import main
@@ -112,19 +113,6 @@ WRONG = {
     ("--out", "no/such/place.png"): "cannot write no/such/place.png: no/such is not a folder",
     ("--nonsense",): "unrecognized arguments: --nonsense",
 }
-
-
-def expect_a_sentence(run, message, capsys):
-    try:
-        code = run()
-    except SystemExit as e:  # how argparse ends
-        code = e.code
-    err = capsys.readouterr().err
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err
-    assert err.count("\n") == 1, f"one sentence, not: {err}"
-    assert os.listdir() == [], "nothing is written"
 
 
 @pytest.mark.parametrize("args", WRONG, ids=" ".join)

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from folders import CONFIG, SCHEDULER, write_tiny
+from graphs import make_prompted
 from PIL import Image
+from sentences import expect_a_sentence
 
 import diffkern
 from diffkern import schedules
@@ -24,7 +26,8 @@ from diffkern.data import Pictures, load_data
 from diffkern.data.emoji import LABELS
 from diffkern.likelihood import command, plot
 from diffkern.likelihood.ode import ode_log_likelihood
-from diffkern.likelihood.run import METHODS, identity
+from diffkern.likelihood.record import Record
+from diffkern.likelihood.run import METHODS, Settings, identity, run, settings_of
 from diffkern.likelihood.vdm import vdm
 from diffkern.likelihood.vlb import vlb
 from diffkern.models.unet import UNet2D
@@ -76,10 +79,10 @@ def without_times(value):
 def test_the_figures_are_those_of_the_functions(score, folder, capsys):
     assert score("--seed", 3) == 0
     said = capsys.readouterr().out
-    run = read()
-    assert run["complete"] is True
-    assert [r["method"] for r in run["results"]] == ["vlb", "vdm", "ode"]
-    (facts,) = run["data"].values()
+    kept = read()
+    assert kept["complete"] is True
+    assert [r["method"] for r in kept["results"]] == ["vlb", "vdm", "ode"]
+    (facts,) = kept["data"].values()
     assert facts["names"] == [f"picture-{i}" for i in range(5)]
     assert facts["labels"] == "none"
 
@@ -89,7 +92,7 @@ def test_the_figures_are_those_of_the_functions(score, folder, capsys):
         model, x, solver="heun", steps=3, divergence="difference", dequantization="uniform", seed=3
     )
     for result, expected in zip(
-        run["results"],
+        kept["results"],
         (vlb(model, x, seed=3), vdm(model, x, points=T - 1, seed=3), ode),
         strict=True,
     ):
@@ -289,16 +292,6 @@ WRONG = {
 }
 
 
-def expect_a_sentence(run, message, capsys, left=()):
-    capsys.readouterr()
-    assert run() == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert "Traceback" not in err
-    assert err.count("\n") == 1, f"one sentence, not: {err}"
-    assert sorted(os.listdir()) == sorted(left), "nothing is written"
-
-
 @pytest.mark.parametrize("args", WRONG, ids=" ".join)
 def test_wrong_input_gets_a_sentence(score, args, capsys):
     expect_a_sentence(lambda: score(*args), WRONG[args], capsys)
@@ -348,10 +341,25 @@ def test_numbers_that_are_not_finite_are_no_figures(score, folder, method, monke
     expect_a_sentence(lambda: score("--method", method, "--dtype", "bfloat16"), message, capsys)
 
 
-def test_a_model_of_latents_is_refused(score, folder, tmp_path, capsys):
-    copy = tmp_path / "latents"
-    copy.mkdir()
-    UNet2D(replace(CONFIG, in_channels=4, out_channels=4)).save(copy, torch.float32)
-    (copy / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    message = "the model's samples are 4 x 8 x 8, and no pictures of 1 or 3 channels"
-    expect_a_sentence(lambda: score("--model", copy), message, capsys)
+def test_a_model_of_latents_or_with_a_prompt_is_refused(score, tmp_path, capsys):
+    latents, prompted = tmp_path / "latents", tmp_path / "prompted"
+    UNet2D(replace(CONFIG, in_channels=4, out_channels=4)).save(latents, torch.float32)
+    make_prompted()[0].save(prompted, torch.float32)
+    for folder, said in (
+        (latents, "the model's samples are 4 x 8 x 8, and no pictures of 1 or 3 channels"),
+        (prompted, "prompted needs a prompt: only models of pictures alone are scored"),
+    ):
+        (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+        expect_a_sentence(lambda folder=folder: score("--model", folder), said, capsys)
+
+
+def test_the_bar_ends_where_the_work_does(folder, here, capsys):
+    model, pictures = diffkern.load(folder), load_data("noise", (3, 8, 8), 3)
+    facts = {"noise": {"pictures": 3, "sha256": pictures.digest()}}
+    settings = Settings(tolerance=0.1)  # of dopri5, which chooses its steps: the bar only guesses their number
+    record = Record.open(Path("a.json"), "tiny", settings_of(model, settings, "auto"), facts, ["vlb", "ode"])
+    run(model, [pictures], {"noise": None}, ["vlb", "ode"], settings, record, batch_size=2, progress=True)
+    shown = capsys.readouterr().err.split("\r")
+    assert "noise, vlb: " in "".join(shown)
+    assert shown[-1].startswith("noise, ode: 100%|")
+    assert not [line for line in shown if "101%" in line]
