@@ -4,6 +4,10 @@ one, `python -m pytest -m "gpu or device"` runs what is tested on it."""
 import importlib.util
 import os
 
+# The threads of one process wait for each other spinning, which is most of the time of small calls where another
+# process has the core: such as the other half of `-n auto`. Asked for before torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
