@@ -288,6 +288,7 @@ WRONG = {
     ("--seed", str(1 << 64)): "does not fit in 64 bits",
     ("--out", "no/such/place.json"): "cannot write no/such/place.json: no/such is not a folder",
     ("--plot", "terms.gif"): "cannot draw terms.gif: give a name that ends in .png, .svg, .pdf",
+    ("--plot", "terms.png", "--method", "ode"): "--plot draws the terms of vlb and vdm: ask for one of them too",
     ("--plot", "no/such/place.png"): "cannot write no/such/place.png: no/such is not a folder",
 }
 

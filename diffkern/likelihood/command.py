@@ -124,9 +124,10 @@ def _checked(args: argparse.Namespace) -> list[str]:
     one_of("dequantization", args.dequantization, DEQUANTIZATIONS)
     if args.divergence == "difference" and args.dtype != "float32":
         raise ValueError(f"--divergence difference says nothing in {args.dtype}: take hutchinson, or --dtype float32")
+    methods = _methods(args.method)
     if args.plot is not None:
-        plot.check(args.plot)
-    return _methods(args.method)
+        plot.check(args.plot, methods)
+    return methods
 
 
 def _methods(given: Sequence[str] | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ LINES: dict[str, Any] = {"vlb": "-", "vdm": "--"}
 MARKS = {"vlb": "o", "vdm": "s", "ode": "D"}
 
 
-def check(path: Path) -> None:
-    """Raise ValueError if a plot cannot be drawn or written there, before any work is done for it."""
+def check(path: Path, methods: Collection[str]) -> None:
+    """Raise ValueError if a plot of these methods cannot be drawn or written there, before any work is done for it."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot draw {path}: give a name that ends in {', '.join(SUFFIXES)}")
+    if not set(CURVES) & set(methods):
+        raise ValueError(f"--plot draws the terms of {' and '.join(CURVES)}: ask for one of them too")
     _figure()
     files.check_writable(path)
 
@@ -46,11 +49,11 @@ def draw(record: Record, schedule: Schedule, path: Path) -> None:
     terms.set_xlim(-0.5, len(schedule) * 1.5)
     terms.xaxis.set_major_formatter(lambda t, _: f"{t:g}")
     terms.set(xlabel="timestep t", ylabel="bits/dim of a timestep", yscale="log", title="Where the bits come from")
-    if lowest:
-        terms.set_ylim(bottom=min(lowest) / 3)
-        _legend(terms, record, max(priors))
+    terms.set_ylim(bottom=min(lowest) / 3)
+    _legend(terms, record, max(priors))
     terms.grid(alpha=0.3)
-    totals.set(ylabel="bits/dim", title="What they add up to", ylim=(0, None))
+    totals.set(ylabel="bits/dim", title="What they add up to")
+    totals.set_ylim(0, 1.1 * max(e.likelihood.average()[0] for e in record.scored if e.likelihood is not None))
     totals.set_xticks(range(len(methods)), methods)
     totals.set_xlim(-0.6, len(methods) - 0.4)
     totals.grid(alpha=0.3, axis="y")
