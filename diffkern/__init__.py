@@ -1,6 +1,10 @@
 """diffkern: fused kernels to sample and to score diffusion models."""
 
-from diffkern import likelihood
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from diffkern.choice import explain
 from diffkern.integrations.accelerate import accelerate, restore
 from diffkern.invariant import batch_invariant
@@ -8,10 +12,8 @@ from diffkern.models.autoencoder_kl import AutoencoderKL
 from diffkern.models.bundle import Diffusion, bundled, load
 from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
-from diffkern.models.hvae import HierarchicalVAE
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
-from diffkern.models.vae import VAE
 from diffkern.op import BackendError, use_backend
 from diffkern.ops import (
     Draw,
@@ -37,7 +39,23 @@ from diffkern.samplers import SAMPLERS, Row, Table, make_table
 from diffkern.samplers.loop import Progress, sample
 from diffkern.schedules import Schedule
 
+if TYPE_CHECKING:
+    from diffkern import likelihood
+    from diffkern.models.hvae import HierarchicalVAE
+    from diffkern.models.vae import VAE
+
 __version__ = "0.1.0"
+
+# Read when they are first asked for: who samples does not wait for what scores.
+_LATER = {"likelihood": "", "HierarchicalVAE": "diffkern.models.hvae", "VAE": "diffkern.models.vae"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'diffkern' has no attribute {name!r}")
+    module = _LATER[name]
+    return getattr(importlib.import_module(module), name) if module else importlib.import_module(f"diffkern.{name}")
+
 
 __all__ = [
     "SAMPLERS",
