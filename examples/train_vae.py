@@ -34,7 +34,8 @@ LATENTS = 16  # of the lowest level; each above has 3/4 of those below
 DROPOUT = 0.1
 BATCH = 128
 LEARNING_RATE = 2e-3
-KL_WARM_UP = 0.2  # part of the steps in which the weight of the KL rises to 1: without, high levels learn to be unused
+# Part of the steps in which the weight of the KL rises to 1: else the higher levels of a hierarchy stay unused.
+KL_WARM_UP, KL_WARM_UP_OF_MANY = 0.2, 0.5
 SIDE = 12  # digits in a row and in a column of each half of the picture
 SCALE, MARGIN = 5, 20  # of the picture: how wide a pixel is drawn, and what is left for a line of text
 
@@ -56,12 +57,13 @@ def build(levels: int, seed: int) -> VAE:
 def train(model: VAE, x: Tensor, steps: int, seed: int) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
     order = torch.Generator().manual_seed(seed)
+    warm_up = steps * (KL_WARM_UP if len(model.config.latent_dims) == 1 else KL_WARM_UP_OF_MANY)
     model.train()
     bar = tqdm(range(steps), unit="step", mininterval=1)
     for step in bar:
         which = torch.randint(len(x), (BATCH,), generator=order)
         terms = model(x[which], noise_keys(seed, range(step * BATCH, (step + 1) * BATCH)))
-        kl_weight = min(1.0, (step + 1) / max(1.0, KL_WARM_UP * steps))
+        kl_weight = min(1.0, (step + 1) / max(1.0, warm_up))
         loss = (terms.reconstruction + kl_weight * terms.kl.sum(1)).mean()
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * cosine * min(1.0, (step + 1) / 100)
