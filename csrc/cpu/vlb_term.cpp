@@ -110,8 +110,8 @@ double term_of(const Row row, const float* x0, const float* x_t, const float* m,
   }
   if (row.width > 0.0f) {
     for (int64_t i = 0; i < n; ++i) {
-      const float half = 0.5f * more(i);
-      term[i] = bin_nll(x0[i], gap[i], row.width, row.root * fast_exp(-half), row.log_bin - half);
+      const float half = 0.5f * more(i), precision = row.root + row.root * fast_exp_minus_one(-half).minus_one;
+      term[i] = bin_nll(x0[i], gap[i], row.width, precision, row.log_bin - half);
     }
     return sum();
   }
