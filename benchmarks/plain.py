@@ -75,6 +75,23 @@ def torch_sampler_step(
     return x_next, model_input if guidance is None else torch.cat([model_input, model_input]), *more
 
 
+def torch_vlb_term(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, timestep: Tensor) -> Tensor:
+    """Both kinds of a term, then one of them a sample, as in the code of Nichol & Dhariwal 2021."""
+    a, b, clip, c1, k0, var, low, high, width = (per_sample(c, x0).to(x0.dtype) for c in table[timestep, :9].unbind(1))
+    m, *learned = model_output.split(x0.shape[1], 1)
+    logvar = low + (learned[0] + 1) / 2 * (high - low) if learned else high
+    gap = x0 - (a * x_t + b * m).clamp(-clip, clip)
+    kl = 0.5 * (k0 + logvar + (var + (c1 * gap) ** 2) * torch.exp(-logvar))
+    inverse = torch.exp(-logvar / 2)
+
+    def below(z: Tensor) -> Tensor:  # the normal distribution, by its usual approximation
+        return 0.5 * (1 + torch.tanh(0.7978845608 * (z + 0.044715 * z**3)))
+
+    upper, lower = below((gap + width) * inverse), below((gap - width) * inverse)
+    mass = torch.where(x0 <= width - 1, upper, torch.where(x0 >= 1 - width, 1 - lower, upper - lower))
+    return torch.where(width > 0, -mass.clamp(min=1e-12).log(), kl).flatten(1).sum(1)
+
+
 def torch_query_key_value(x: Tensor, *rest: Tensor | None) -> Tensor:
     weights, biases = cast(tuple[Tensor, ...], rest[:3]), rest[3:]
     return torch.stack([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -2)
@@ -129,6 +146,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "layer_norm_modulate": torch_layer_norm_modulate,
     "gate_residual_norm_modulate": torch_gate_residual_norm_modulate,
     "rms_norm": torch_rms_norm,
+    "vlb_term": torch_vlb_term,
     "query_key_value": torch_query_key_value,
     "attention": torch_attention,
 }
