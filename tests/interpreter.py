@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language import core
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 RAW = {tl.bfloat16: torch.bfloat16, tl.float8e5: torch.float8_e5m2, tl.float8e4nv: torch.float8_e4m3fn}
 _TORCH = {**RAW, tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
+_RAW_NAMES = frozenset(dtype.name for dtype in RAW)
 
 
 class RawArithmeticError(TypeError):
@@ -24,7 +26,7 @@ class RawArithmeticError(TypeError):
 
 
 def _raw(value: Any) -> bool:
-    return isinstance(value, TensorHandle | tl.tensor) and value.dtype.scalar in RAW
+    return isinstance(value, (TensorHandle, tl.tensor)) and value.dtype.scalar.name in _RAW_NAMES
 
 
 def _cast(handle: TensorHandle, dtype: tl.dtype) -> TensorHandle:
@@ -43,6 +45,7 @@ def install() -> None:
     _install_lint()
     _install_loop_bounds()
     _install_single_patching()
+    _install_memory()
 
 
 def _install_casts() -> None:
@@ -103,11 +106,14 @@ def _install_single_patching() -> None:
     """Every call of a device function patches the whole language again, which is most of the time that a small kernel
     takes: once a launch is enough."""
     patched: set[tuple[bool, bool]] = set()
+    modules: dict[int, tuple[bool, bool]] = {}  # by the globals of a kernel's file, which stay
     plain_patch, plain_run = interpreter._patch_lang, interpreter.InterpretedFunction.run
 
     def patch(fn: Any) -> Any:
-        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
-        key = (tl in modules, tl.core in modules)
+        key = modules.get(id(fn.__globals__))
+        if key is None:
+            named = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+            key = modules[id(fn.__globals__)] = (tl in named, tl.core in named)
         if key in patched:
             return interpreter._LangPatchScope()
         patched.add(key)
@@ -119,3 +125,61 @@ def _install_single_patching() -> None:
 
     interpreter._patch_lang = patch
     interpreter.InterpretedFunction.run = run  # type: ignore[method-assign]
+
+
+def _install_memory() -> None:
+    """What the interpreter works out anew at every operation, from a type or a shape alone, is worked out once: that
+    was a third of its time."""
+    dtypes: dict[str, Any] = {}
+    plain_dtype = interpreter._get_np_dtype
+
+    def np_dtype(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return plain_dtype(scalar)
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = plain_dtype(scalar)
+        return dtypes[scalar.name]
+
+    interpreter._get_np_dtype = np_dtype
+
+    plain_unwrap = core._unwrap_if_constexpr
+    same = (int, float, bool, str, type(None), tl.tensor, tl.dtype, tl.block_type, tl.pointer_type)
+
+    def unwrap(value: Any) -> Any:
+        kind = type(value)
+        return value.value if kind is tl.constexpr else value if kind in same else plain_unwrap(value)
+
+    core._unwrap_if_constexpr = unwrap
+
+    # A block's type is made once a launch, and keeps what every tensor of it has.
+    types: dict[tuple[Any, ...], Any] = {}
+    plain_type, plain_tensor, plain_run = (
+        tl.block_type.__init__, tl.tensor.__init__, interpreter.InterpretedFunction.run,
+    )  # fmt: skip
+
+    def new_type(cls: Any, element: Any, shape: Any) -> Any:
+        sizes = tuple([size.value if type(size) is tl.constexpr else size for size in shape])
+        key = (id(element), sizes)
+        if key not in types:
+            made = object.__new__(cls)
+            plain_type(made, element, list(sizes))
+            types[key] = made
+        return types[key]
+
+    def new_tensor(self: Any, handle: Any, type: Any) -> None:
+        known = vars(type).get("of_tensors")
+        if known is None:
+            plain_tensor(self, handle, type)
+            own = ("handle", "type", "dtype")
+            type.of_tensors = {key: value for key, value in vars(self).items() if key not in own}
+        else:
+            vars(self).update(known, handle=handle, type=type, dtype=type.scalar)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        types.clear()
+        return plain_run(self, *args, **kwargs)
+
+    tl.block_type.__new__, tl.block_type.__init__ = new_type, lambda self, element, shape: None
+    tl.tensor.__init__ = new_tensor
+    interpreter.InterpretedFunction.run = run
