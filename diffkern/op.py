@@ -80,10 +80,11 @@ class Backend:
         if not self.devices:  # the reference runs everywhere
             return None
         # The device first: it rules out most backends, and asking for it costs next to nothing.
-        allowed = (*self.devices, "cpu") if self.is_interpreted() else self.devices
         for a in args:
-            if isinstance(a, Tensor) and a.device.type not in allowed:
-                return f"runs on {' or '.join(self.devices)} tensors, not on {a.device.type}"
+            if isinstance(a, Tensor) and (found := a.device.type) not in self.devices:
+                if found == "cpu" and self.is_interpreted():
+                    continue
+                return f"runs on {' or '.join(self.devices)} tensors, not on {found}"
         if (unavailable := availability(self.name)) is not None:
             return unavailable
         answer = True if self.supports is None else self.supports(*args)
