@@ -77,14 +77,16 @@ def machine() -> dict[str, Any]:
         "devices": facts["devices"],
         "threads": torch.get_num_threads(),
         "commit": commit or None,
-        "command": " ".join(["python", *_without_out(sys.argv)]),
+        "command": " ".join(["python", *_without_files(sys.argv)]),
     }
 
 
-def _without_out(argv: list[str]) -> list[str]:
-    """The command without the folder of the records, which is nobody's but the user's."""
-    at = argv.index("--out") if "--out" in argv else len(argv)
-    return argv[:at] + argv[at + 2 :]
+def _without_files(argv: list[str]) -> list[str]:
+    """The command without the places of its files, which are nobody's but the user's."""
+    for option in ("--out", "--state"):
+        at = argv.index(option) if option in argv else len(argv)
+        argv = argv[:at] + argv[at + 2 :]
+    return argv
 
 
 def folder_name(device: str) -> str:

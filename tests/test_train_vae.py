@@ -77,5 +77,6 @@ def test_a_wrong_argument_gets_a_sentence(example, capsys, command, message):
 def test_without_scikit_learn_it_says_what_to_install(example, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert example.main(["--out", str(tmp_path / "vae.png")]) == 2
-    assert capsys.readouterr().err == "train_vae.py: the digits come with scikit-learn: pip install scikit-learn\n"
+    missing = "the digits come with scikit-learn: pip install 'diffkern[digits]'"
+    assert capsys.readouterr().err == f"train_vae.py: {missing}\n"
     assert not list(tmp_path.iterdir())

@@ -101,7 +101,7 @@ def digits(shape: Shape) -> Pictures:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("the digits come with scikit-learn: pip install scikit-learn") from None
+        raise DataError("the digits come with scikit-learn: pip install 'diffkern[digits]'") from None
     channels, height, width = shape
     grey = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)  # [n, 8, 8]
     rows, columns = np.arange(height) * 8 // height, np.arange(width) * 8 // width

@@ -39,7 +39,7 @@ def draw(record: Record, schedule: Schedule, path: Path) -> None:
     lowest, priors = [], []
     for entry in record.scored:
         place = names.index(entry.data)
-        color, aside = f"C{place % 10}", 0.5 * (place - (len(names) - 1) / 2) / len(names)
+        color, aside = f"C{place % 10}", 0.8 * (place - (len(names) - 1) / 2) / len(names)
         _total(totals, entry, methods.index(entry.method) + aside, color)
         if entry.method in CURVES:
             lowest.append(_curve(terms, entry, schedule, color))
@@ -53,7 +53,7 @@ def draw(record: Record, schedule: Schedule, path: Path) -> None:
     _legend(terms, record, max(priors))
     terms.grid(alpha=0.3)
     totals.set(ylabel="bits/dim", title="What they add up to")
-    totals.set_ylim(0, 1.1 * max(e.likelihood.average()[0] for e in record.scored if e.likelihood is not None))
+    totals.set_ylim(0, 1.15 * max(e.likelihood.average()[0] for e in record.scored if e.likelihood is not None))
     totals.set_xticks(range(len(methods)), methods)
     totals.set_xlim(-0.6, len(methods) - 0.4)
     totals.grid(alpha=0.3, axis="y")
@@ -66,7 +66,7 @@ def _figure() -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, nothing global
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ValueError("--plot needs matplotlib: pip install 'diffkern[plot]'") from None
     return Figure
 
 
@@ -119,7 +119,9 @@ def _total(axes: Any, entry: Entry, x: float, color: str) -> None:
     mean, error = entry.likelihood.average()
     shown = 0.0 if math.isnan(error) else error
     axes.errorbar([x], [mean], [shown], fmt=MARKS[entry.method], color=color, capsize=4, markersize=6)
-    axes.annotate(f"{mean:.2f}", (x, mean), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    # upright, so that two sets with like figures do not write over each other
+    at: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90}
+    axes.annotate(f"{mean:.2f}", (x, mean), (0, 7), fontsize=8, **at)
 
 
 def _legend(axes: Any, record: Record, prior: float) -> None:
