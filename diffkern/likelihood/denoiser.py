@@ -119,14 +119,19 @@ class Denoiser:
     def predict(self, x_t: Tensor, levels: Levels, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x_0, epsilon) as the model predicts them, in the dtype of x_t. x_t: [B, ...], on the model's device."""
         m = self.output(x_t, levels, labels)
+        x0, epsilon = self._solved(levels)
+        return _combined(x_t, m, *x0), _combined(x_t, m, *epsilon)
+
+    def x0_weights(self, levels: Levels) -> tuple[Tensor, Tensor]:
+        """(a, b) of x_0 = a x_t + b m, float64 [B] each: those of `Schedule.x0_weights`, at each sample's level."""
+        return self._solved(levels)[0]
+
+    def _solved(self, levels: Levels) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(a, b) of x_0 = a x_t + b m, and of epsilon."""
         alpha, sigma = levels.alpha, levels.sigma
         u, w = PREDICTIONS[self.schedule.prediction](alpha, sigma, self.schedule.sigma_data)
         det = alpha * w - sigma * u  # of (x_t, m) as functions of (x_0, epsilon)
-
-        def solved(a: Tensor, b: Tensor) -> Tensor:
-            return per_sample(a / det, x_t).to(x_t.dtype) * x_t + per_sample(b / det, x_t).to(x_t.dtype) * m
-
-        return solved(w, -sigma), solved(-u, alpha)
+        return (w / det, -sigma / det), (-u / det, alpha / det)
 
     def velocity(self, x_t: Tensor, levels: Levels, labels: Tensor | None = None) -> Tensor:
         """d(x_t / r) / d(angle) = cos(angle) epsilon - sin(angle) x_0 along the probability-flow ODE (Song et al. 2021,
@@ -136,5 +141,9 @@ class Denoiser:
         u, w = PREDICTIONS[self.schedule.prediction](alpha, sigma, self.schedule.sigma_data)
         det = r * (alpha * w - sigma * u)
         # (alpha epsilon - sigma x_0) / r, with both solved for from x_t and m
-        a, b = -(alpha * u + sigma * w) / det, r**2 / det
-        return per_sample(a, x_t).to(x_t.dtype) * x_t + per_sample(b, x_t).to(x_t.dtype) * m
+        return _combined(x_t, m, -(alpha * u + sigma * w) / det, r**2 / det)
+
+
+def _combined(x: Tensor, m: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a x + b m, in the dtype of x. a, b: [B]."""
+    return per_sample(a, x).to(x.dtype) * x + per_sample(b, x).to(x.dtype) * m

@@ -22,7 +22,7 @@ from diffkern.likelihood.pairs import Pairs, neighbour_variance
 from diffkern.likelihood.result import Likelihood
 from diffkern.likelihood.vlb import vlb_table
 from diffkern.ops.vlb_term import C1, CLIP, A, B
-from diffkern.schedules import PREDICTIONS, Schedule, one_of
+from diffkern.schedules import Schedule, one_of
 
 
 @torch.no_grad()
@@ -70,10 +70,8 @@ def vdm(
     sin = torch.exp(-at / 2)
     levels = denoiser.at_angle(torch.atan2(sin, (-torch.expm1(-at)).sqrt()))
     levels = Levels(*(torch.cat([a, b.cpu()]) for a, b in zip(_first(denoiser), levels, strict=True)))
-    weight, w = PREDICTIONS[schedule.prediction](levels.alpha, levels.sigma, schedule.sigma_data)
-    det = levels.alpha * w - levels.sigma * weight
     table = torch.zeros(len(at) + 1, ends.shape[1], dtype=torch.float64)
-    table[:, A], table[:, B], table[:, CLIP] = w / det, -levels.sigma / det, ends[0, CLIP]
+    (table[:, A], table[:, B]), table[:, CLIP] = denoiser.x0_weights(levels), ends[0, CLIP]
     table[1:, C1] = ((high - low) / points) ** 0.5 / sin
     table[0] = ends[0]
     rows = 1 + torch.arange(len(at)).reshape(n, draws * points)
