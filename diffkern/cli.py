@@ -1,4 +1,4 @@
-"""The command line: `diffkern sample`, `diffkern likelihood` and `diffkern doctor`.
+"""The command line: `diffkern sample`, `diffkern likelihood`, `diffkern bench` and `diffkern doctor`.
 
 Whatever is wrong with the input gets one sentence that names what is allowed, on standard error, and exit code 2."""
 
@@ -15,7 +15,8 @@ import torch
 
 import diffkern
 from diffkern import doctor, options, pictures
-from diffkern.likelihood import command
+from diffkern.bench import command as bench
+from diffkern.likelihood import command as likelihood
 from diffkern.models.bundle import Diffusion, load
 from diffkern.samplers import SAMPLERS, make_table
 
@@ -29,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="diffkern", description="Fused kernels to sample and to score diffusion models.")
     parser.add_argument("--version", action="version", version=f"diffkern {diffkern.__version__}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="sample|likelihood|doctor", parser_class=_Parser
+        dest="command", required=True, metavar="sample|likelihood|bench|doctor", parser_class=_Parser
     )
 
     s = commands.add_parser("sample", help="draw pictures with a diffusion model", description=_sample.__doc__)
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
                    help="a grid .png, a .npy, or a folder for single PNGs (default samples.png)")  # fmt: skip
     s.set_defaults(run=_sample)
 
-    command.add(commands.add_parser("likelihood", help="score pictures with a diffusion model: bits per dimension"))
+    likelihood.add(commands.add_parser("likelihood", help="score pictures with a diffusion model: bits per dimension"))
+    bench.add(commands.add_parser("bench", help="compare records of benchmarks: what got faster, what slower"))
 
     d = commands.add_parser("doctor", help="what is here, what is ready, and why not", description=doctor.__doc__)
     d.add_argument("--json", action="store_true", help="the same as JSON")
@@ -56,10 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, or 2 for bad input, after one sentence on standard error."""
+    """Run a command. Returns the exit code: 0, or 2 for bad input, after one sentence on standard error; or what a
+    command says of itself."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, diffkern.BackendError) as e:
         print(f"diffkern {args.command}: {e}", file=sys.stderr)
         return 2
@@ -73,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         print(f"diffkern {args.command}: stopped; {str(e) or 'nothing was written'}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _sample(args: argparse.Namespace) -> None:

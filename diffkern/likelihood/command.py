@@ -14,6 +14,7 @@ from torch import Tensor
 
 import diffkern
 from diffkern import options
+from diffkern.columns import aligned
 from diffkern.data import SETS, Pictures, load_data
 from diffkern.likelihood import plot
 from diffkern.likelihood.dequantize import DEQUANTIZATIONS
@@ -186,7 +187,7 @@ def _table(record: Record) -> str:
         "bits/dim: the average, smaller is likelier; +-: its standard error over the pictures; noise: what of that is\n"
         "Monte-Carlo noise, which --repeats makes less of"
     )
-    return f"{_aligned(rows)}\n{note}"
+    return f"{aligned(rows)}\n{note}"
 
 
 def _per_image(record: Record) -> str:
@@ -197,7 +198,7 @@ def _per_image(record: Record) -> str:
         rows = [(name, *(column for e in entries for column in (e.method, "+-")))]
         for i, picture in enumerate(facts["names"]):
             rows.append((picture, *(figure for e in entries for figure in _figures(e, i))))
-        blocks.append(_aligned(rows))
+        blocks.append(aligned(rows))
     return "\n\n".join(blocks)
 
 
@@ -210,14 +211,3 @@ def _figures(entry: Entry, i: int) -> tuple[str, str]:
 
 def _error(value: float) -> str:
     return "?" if math.isnan(value) else f"{value:.4f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns: the first and words to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    columns = [[row[i] for row in rows[1:]] for i in range(len(widths))]
-    right = [i > 0 and all(c[:1].isdigit() or c in ("?", "") for c in column) for i, column in enumerate(columns)]
-    lines = (
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)) for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,1 @@
+"""Benchmarks: the command `diffkern bench`, and what the scripts in benchmarks/ share with it."""
