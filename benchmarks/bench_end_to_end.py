@@ -23,12 +23,12 @@ from typing import Any
 
 import end_to_end_gpu
 import networks_gpu
-import record
 import torch
 from networks import NETWORKS, Network, Prepare, Run, accelerated, as_loaded, channels_last
 from torch import nn
 
 import diffkern
+from diffkern.bench import record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SLOW = 3.0  # seconds of a call: above, there are fewer of them

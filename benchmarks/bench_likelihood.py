@@ -16,9 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import record
-
 from diffkern import cli
+from diffkern.bench import record
 
 SETS = ("train", "held-out", "digits", "noise")
 KEPT = ("data", "method", "pictures", "bits_per_dim", "standard_error", "noise", "seconds", "evaluations")

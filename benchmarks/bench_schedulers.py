@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import record
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffkern.bench import record
 from diffkern.integrations.diffusers import FUSED, fuse_scheduler
 
 STEPS = 20

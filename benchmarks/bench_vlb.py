@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import record
 import torch
 from torch import Tensor
 
 import diffkern
+from diffkern.bench import record
 from diffkern.data import load_data
 from diffkern.likelihood import vlb
 from diffkern.models.bundle import ASSETS

@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import children
-import gpu
-import record
 import torch
 from networks import Emoji, Run
 from networks_gpu import COMPILED, NETWORKS, Built, build
 from torch import Tensor
+
+from diffkern.bench import children, gpu, record
 
 EACH = 60.0  # seconds that a process may take for an answer once all are prepared
 

@@ -92,8 +92,8 @@ sanitize() {
 
 ops() { # one thread each: the compilers of all processes share the cores
     local which=(--processes "$((cores < 12 ? cores : 12))" --seconds 140)
-    [[ $device == cuda ]] || which=(--tiny --no-compile --rounds 2 --op randn --op linear)
-    TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 python3 benchmarks/bench_ops.py \
+    [[ $device == cuda ]] || which=(--tiny --rivals eager --rounds 2 --op randn --op linear)
+    TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 python3 -P -m diffkern.cli bench ops \
         --device "$device" --out "$out" "${which[@]}"
 }
 

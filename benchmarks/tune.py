@@ -19,14 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import children
 import diffkern.kernels
-import gpu
-import record
 import torch
 from diffkern.kernels import configs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffkern.bench import children, gpu, record
 from diffkern.op import OPS, Sample, use_backend
 from diffkern.testing import check
 

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     s.set_defaults(run=_sample)
 
     likelihood.add(commands.add_parser("likelihood", help="score pictures with a diffusion model: bits per dimension"))
-    bench.add(commands.add_parser("bench", help="compare records of benchmarks: what got faster, what slower"))
+    bench.add(commands.add_parser("bench", help="time ops against what else there is, compare records"))
 
     d = commands.add_parser("doctor", help="what is here, what is ready, and why not", description=doctor.__doc__)
     d.add_argument("--json", action="store_true", help="the same as JSON")

@@ -3,7 +3,6 @@ stand-ins that run what they are given at once."""
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import children
-import gpu
+from diffkern.bench import children, gpu
 
 CHILD = """
 import os, sys, time
 sys.path.insert(0, {path!r})
-import children
+import children  # alone: the rest of the package takes seconds to import
 
 def answer(item):
     print("a library prints")

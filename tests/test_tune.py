@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffkern.bench import children
 from diffkern.op import OPS, Sample, availability
 from diffkern.testing import make
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import children
 import tune
 
 pytestmark = pytest.mark.skipif(availability("triton") is not None, reason="needs Triton")

@@ -1,8 +1,4 @@
-"""Time every op on its workloads: each backend against what else there is, after a check that it is right.
-
-    python benchmarks/bench_ops.py                      # everything, into benchmarks/results/<machine>/ops-<op>.json
-    python benchmarks/bench_ops.py --op randn --dtype float32 --no-compile --no-record
-    python benchmarks/bench_ops.py --device cuda --processes 8 --seconds 150 --out results
+"""Every op on its workloads: each backend against what else there is, after a check that it is right.
 
 Rivals, timed in turn so that all of them see the same machine: every backend that can run, the reference, what a user
 would write today with torch's own generator ("torch"; of a gradient, autograd's way back), torch.compile of both, on a
@@ -20,16 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import children
-import gpu
-import record
 import torch
-from plain import AUTOGRAD, LIBRARY, PLAIN
 from torch import Tensor
 from tqdm import tqdm
 
 import diffkern
-from diffkern.op import OPS, Cost, Op, Sample
+from diffkern.bench import children, gpu, record
+from diffkern.bench.compare import Change, Timing
+from diffkern.bench.plain import AUTOGRAD, LIBRARY, PLAIN
+from diffkern.columns import aligned
+from diffkern.op import OPS, Backend, Cost, Op, Sample
 from diffkern.testing import check
 
 Bind = Callable[..., Callable[[], Any]]
@@ -37,43 +33,57 @@ Item = tuple[str, str, str]  # op, dtype, sample
 PRODUCTS = ("linear", "query_key_value", "conv2d", "attention")  # the ops whose floor is arithmetic
 SIDE = 1024  # of the weight of the matmul that they are compared with
 EACH = 60.0  # seconds that a child may take for an item
+RIVALS = ("eager", "compile", "library")
+"""Kinds of rivals: the reference and what one would write; torch.compile of them; on a GPU, kernels of libraries."""
 
 
 def later(function: Callable[..., Any]) -> Bind:
     return lambda *args: lambda: function(*args)
 
 
-def rivals(op: Op, args: tuple[Any, ...], device: str, compiled: bool) -> dict[str, Bind]:
+def backends(op: Op, args: tuple[Any, ...], wanted: list[str]) -> list[Backend]:
+    """Those that can run, in order of preference; of the wanted ones, if any are named."""
+    return [b for b in op.backends if (not wanted or b.name in wanted) and b.why_not(args) is None]
+
+
+def rivals(op: Op, args: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Bind]:
     """The calls to compare, by name: given arguments, each is a call on them."""
-    calls = {b.name: later(b) for b in op.backends if b.why_not(args) is None}
+    cuda, kinds = options.device == "cuda", options.rivals
+    calls = {b.name: later(b) for b in backends(op, args, options.backend)}
     plain = PLAIN.get(op.name)
-    if device != "cuda" or "torch" not in {*calls, *(["torch"] if plain or op.name in AUTOGRAD else [])}:
-        calls["reference"] = later(op.reference)  # on a GPU only in place of what one would write
-    if plain is not None:
-        calls["torch"] = later(plain)
-    if op.name in AUTOGRAD:
-        calls["torch"] = AUTOGRAD[op.name]
-    if compiled:
+    if "eager" in kinds:
+        if not cuda or "torch" not in {*calls, *(["torch"] if plain or op.name in AUTOGRAD else [])}:
+            calls["reference"] = later(op.reference)  # on a GPU only in place of what one would write
+        if plain is not None:
+            calls["torch"] = later(plain)
+        if op.name in AUTOGRAD:
+            calls["torch"] = AUTOGRAD[op.name]
+    if "compile" in kinds:
         torch.compiler.reset()
         # On a GPU as fast as it gets outside a graph of its own; products there are a library's either way.
-        mode = "max-autotune-no-cudagraphs" if device == "cuda" and op.name not in PRODUCTS else "default"
+        mode = "max-autotune-no-cudagraphs" if cuda and op.name not in PRODUCTS else "default"
         functions = {"reference": op.reference, "torch": plain}
-        if device == "cuda":
+        if cuda:
             composed = next((b.run for b in op.backends if b.name == "torch"), op.reference)
             functions = {} if op.name in AUTOGRAD else {"torch": plain or composed}
         for name, function in functions.items():
             if function is not None:
                 calls[f"{name}, compiled"] = later(torch.compile(function, fullgraph=True, mode=mode))
-    half = op.count_cost(*args).bytes // 2
-    if device == "cuda":  # a kernel: what a graph does for a copy is slower
-        calls["copy"] = lambda *_: torch.ones(-(-half // 2), dtype=torch.float16, device=device).neg
-    else:
-        calls["copy"] = lambda *_: torch.ones(half, dtype=torch.uint8).clone
-    if device == "cuda":
+    if "library" in kinds and cuda:
         calls |= {name: later(function) for name, function in LIBRARY.get(op.name, {}).items()}
-    elif op.name in PRODUCTS:
+    return calls | ceiling_calls(op, args, options.device)
+
+
+def ceiling_calls(op: Op, args: tuple[Any, ...], device: str) -> dict[str, Bind]:
+    """What no kernel is faster than: a copy of as many bytes, and a product of as many operations."""
+    cost = op.count_cost(*args)
+    half = cost.bytes // 2
+    if device == "cuda":  # a kernel: what a graph does for a copy is slower
+        return {"copy": lambda *_: torch.ones(-(-half // 2), dtype=torch.float16, device=device).neg}
+    calls: dict[str, Bind] = {"copy": lambda *_: torch.ones(half, dtype=torch.uint8).clone}
+    if op.name in PRODUCTS:
         dtype = next(a.dtype for a in args if isinstance(a, Tensor))
-        rows = -(-op.count_cost(*args).flops // (2 * SIDE**2))
+        rows = -(-cost.flops // (2 * SIDE**2))
         x, weight = (torch.randn(n, SIDE).to(dtype) for n in (rows, SIDE))
         calls["matmul"] = lambda *_: lambda: diffkern.linear(x, weight)
     return calls
@@ -96,13 +106,13 @@ def work(options: argparse.Namespace) -> Iterator[tuple[Op, str, Sample]]:
     """All that is timed. On a GPU every op's first workload comes first, and what is only for a GPU before the rest, in
     case the time is short."""
     found: list[tuple[tuple[bool, int], tuple[Op, str, Sample]]] = []
-    for name in options.op or sorted(OPS):
-        for dtype in options.dtype or (("bfloat16",) if options.device == "cuda" else ("float32", "bfloat16")):
+    for name in options.op:
+        for dtype in options.dtype:
             samples = [
                 sample
                 for sample in OPS[name].make_samples(options.device, getattr(torch, dtype))
                 if (not sample.workload if options.tiny else sample.workload in (True, options.device))
-            ][: 1 if options.tiny else None]
+            ][: 1 if options.tiny or options.quick else None]
             order = sorted(samples, key=lambda sample: sample.workload != "cuda")
             found += [((s.workload != "cuda", i), (OPS[name], dtype, s)) for i, s in enumerate(order)]
     if options.device == "cuda":
@@ -124,15 +134,17 @@ class Bench:
         """Why an item must not be timed, or nothing. What it would compile is compiled then."""
         op, sample = self.items[item]
         args = op.bind(*sample.args())
-        for backend in op.backends:
-            if backend.why_not(args) is None:
-                try:
-                    check(op, backend.name, args)
-                except AssertionError as wrong:
-                    return str(wrong)
+        able = backends(op, args, self.options.backend)
+        if not able and self.options.backend:
+            return f"{op.name} has no {' or '.join(self.options.backend)} that can take it here"
+        for backend in able:
+            try:
+                check(op, backend.name, args)
+            except AssertionError as wrong:
+                return str(wrong)
         if self.cuda:
             torch.cuda.empty_cache()  # the oracle's memory, for the processes beside this one
-        for name, bind in rivals(op, args, self.options.device, not self.options.no_compile).items():
+        for name, bind in rivals(op, args, self.options).items():
             if name.endswith("compiled"):
                 bind(*args)()
         return ""
@@ -142,7 +154,7 @@ class Bench:
         op, sample = self.items[item]
         args = op.bind(*sample.args())
         cost = op.count_cost(*args)
-        calls = rivals(op, args, self.options.device, not self.options.no_compile)
+        calls = rivals(op, args, self.options)
         row = {"op": op.name, "sample": sample.name, "dtype": item[1], "bytes": cost.bytes, "flops": cost.flops}
         if not self.cuda:
             bound = {name: bind(*args) for name, bind in calls.items()}
@@ -166,10 +178,11 @@ class Bench:
 def in_children(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
     """Rows, or why there is none: all are checked and compiled in parallel, and what passes is timed in one process."""
     items = [(op.name, dtype, sample.name) for op, dtype, sample in work(options)]
+    again = sys.orig_argv[1:]  # this command, however Python was told to run it
     start = time.monotonic()
     # What was not checked in the first 45 % of the time is not timed.
     checked = children.answers(
-        [*sys.argv, "--child", "check"], items, options.processes, start + 0.45 * options.seconds, EACH
+        [*again, "--child", "check"], items, options.processes, start + 0.45 * options.seconds, EACH
     )
     passed = set()
     for item, wrong in tqdm(checked, total=len(items), desc="check and compile", disable=None):
@@ -179,7 +192,7 @@ def in_children(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
             passed.add(tuple(item))
     print(f"checked {len(items)} calls in {time.monotonic() - start:.0f} s, {len(passed)} to be timed", flush=True)
     ordered = [item for item in items if item in passed]
-    yield from children.answers([*sys.argv, "--child", "time"], ordered, 1, start + options.seconds, EACH)
+    yield from children.answers([*again, "--child", "time"], ordered, 1, start + options.seconds, EACH)
 
 
 def in_process(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
@@ -190,23 +203,31 @@ def in_process(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
         yield item, children.Failure(wrong) if wrong else bench.time(item, ceilings)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=sorted(OPS), action="append", help="only this op (may be repeated)")
-    parser.add_argument("--dtype", action="append", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=0, help="20, on a GPU 9")
-    parser.add_argument("--processes", type=int, default=0, help="check and compile in so many, time in another")
-    parser.add_argument("--seconds", type=float, default=3600, help="with --processes: what is left then is left out")
-    parser.add_argument("--tiny", action="store_true", help="a small sample of each op: whether this script runs")
-    parser.add_argument("--out", type=record.Path, default=record.RESULTS, help="the folder of the records")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
-    parser.add_argument("--no-record", action="store_true", help="print, and write nothing")
-    parser.add_argument("--child", choices=("check", "time"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.rounds = options.rounds or (9 if options.device == "cuda" else 20)
-    torch.set_num_threads(options.threads)
+def in_words(row: dict[str, Any]) -> str:
+    """A row of a record as it is printed: a line a variant, and how much faster than it the first one is."""
+    first, *_ = row["times"]
+    lines = [(f"{row['op']}, {row['sample']}, {row['dtype']}", "time (p20 to p80)", "rate", "of the ceiling", "")]
+    times = {name: Timing(unit="us", **found["us"]) for name, found in row["times"].items()}
+    for name, found in row["times"].items():
+        rate, share = f"{found['GB/s']:.3g} GB/s", f"{100 * found['of copy']:.0f} % of copy"
+        if "of matmul" in found and name != "copy":
+            rate, share = _flops(found["GFLOP/s"]), f"{100 * found['of matmul']:.0f} % of matmul"
+        against = ""
+        if name not in (first, "copy", "matmul"):
+            change = Change(name, times[first], times[name])
+            against = f"{first} is {change.after.median / change.before.median:.3g} times as fast"
+            against += ", within noise" if change.verdict == "noise" else ""
+        lines.append((f"  {name}", str(times[name]), rate, share, against))
+    return aligned(lines)
+
+
+def _flops(giga: float) -> str:
+    return f"{giga / 1e3:.3g} TFLOP/s" if giga >= 1e3 else f"{giga:.3g} GFLOP/s"
+
+
+@torch.no_grad()  # not inference mode: copies of weights made in it are packed anew in every call
+def run(options: argparse.Namespace) -> int:
+    """Time what is asked for, print it, and write a record for each op. Returns 1 if something was not timed."""
     if options.child:
         bench = Bench(options)
         if options.child == "check":
@@ -214,25 +235,20 @@ def main() -> None:
         else:
             ceilings = gpu.ceilings() if bench.cuda else {}
             children.serve(lambda item: bench.time(tuple(item), ceilings))
-        return
-
+        return 0
     rows: dict[str, list[dict[str, Any]]] = {}
     refused = 0
-    for (op, dtype, sample), row in in_children(options) if options.processes else in_process(options):
-        start = f"{op:16} {sample:34} {dtype:9}"
-        if isinstance(row, children.Failure):
-            refused += 1
-            tqdm.write(f"{start} not timed: {row}")
-            continue
-        rows.setdefault(op, []).append(row)
-        line = "   ".join(f"{n} {f['us']['median']:.4g} us ({f['of copy']:.2f})" for n, f in row["times"].items())
-        tqdm.write(f"{start} {line}")
-    if not options.no_record:
-        for name, found in rows.items():
+    try:
+        for item, row in in_children(options) if options.processes else in_process(options):
+            if isinstance(row, children.Failure):
+                refused += 1
+                tqdm.write(f"{', '.join(item)}: not timed: {row}")
+                continue
+            rows.setdefault(item[0], []).append(row)
+            tqdm.write(in_words(row))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{sum(map(len, rows.values()))} calls were timed") from None
+    finally:  # what was timed is kept, whatever ended the run
+        for name, found in rows.items() if not options.no_record else ():
             print(record.write(f"ops-{name}", options.device, found, options.out))
-    raise SystemExit(1 if refused else 0)
-
-
-if __name__ == "__main__":
-    with torch.no_grad():  # not inference mode: copies of weights made in it are packed anew in every call
-        main()
+    return 1 if refused else 0

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import record
 import torch
 from torch import Tensor
+
+from diffkern.bench import record
 
 Call = Callable[[], Any]
 Bind = Callable[..., Call]

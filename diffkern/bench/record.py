@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from diffkern import doctor
+import diffkern
+from diffkern import doctor, files
 
-RESULTS = Path(__file__).parent / "results"
+PACKAGE = Path(diffkern.__file__).resolve().parent
+RESULTS = Path("benchmarks/results")  # where records go unless told otherwise: of the checkout that one stands in
 
 
 def interleave(
@@ -65,28 +67,38 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """What a reader needs to judge a figure: versions, hardware, threads, commit and command."""
     facts = doctor.report()
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": facts["versions"],
         "devices": facts["devices"],
         "threads": torch.get_num_threads(),
-        "commit": commit or None,
-        "command": " ".join(["python", *_without_files(sys.argv)]),
+        "commit": _commit(),
+        "command": _command(sys.argv),
     }
 
 
-def _without_files(argv: list[str]) -> list[str]:
+def _commit() -> str | None:
+    """The commit of diffkern; None where it is installed without its repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:  # the repository around an installed copy is another's: it does not know this file
+        return (git("ls-files", "__init__.py") and git("describe", "--always", "--dirty")) or None
+    except OSError:  # no git here
+        return None
+
+
+def _command(argv: list[str]) -> str:
     """The command without the places of its files, which are nobody's but the user's."""
+    program, *arguments = argv
     for option in ("--out", "--state"):
-        at = argv.index(option) if option in argv else len(argv)
-        argv = argv[:at] + argv[at + 2 :]
-    return argv
+        at = arguments.index(option) if option in arguments else len(arguments)
+        arguments = arguments[:at] + arguments[at + 2 :]
+        arguments = [a for a in arguments if not a.startswith(f"{option}=")]
+    installed = Path(program).name in ("diffkern", "diffkern.exe", "cli.py")
+    return " ".join([*(["diffkern"] if installed else ["python", program]), *arguments])
 
 
 def folder_name(device: str) -> str:
@@ -100,5 +112,6 @@ def write(name: str, device: str, results: Any, folder: Path = RESULTS) -> Path:
     """Write <folder>/<machine>/<name>.json. Returns its path."""
     path = folder / folder_name(device) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
+    files.replace(path, text.encode())
     return path
