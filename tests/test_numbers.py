@@ -269,6 +269,18 @@ def test_nan_and_infinity_mean_what_they_mean_in_the_reference(op, dtype, value,
 BLOCK = 1 << 20
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float32_is_rounded_as_pytorch_rounds_it(cpu, dtype):
+    """Every pattern of a float32's upper half, with lower halves around those at which rounding turns: ties, subnormal
+    numbers, overflows, every NaN. A rotation of ones by (cos, 0) is cos, rounded; 190 numbers a row end off a block."""
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int64)
+    bits = (torch.arange(1 << 16)[:, None] << 16 | lower).flatten()
+    cos = torch.cat([bits, bits[: -len(bits) % 190]]).to(torch.int32).view(torch.float32).view(-1, 190)
+    ones = torch.ones(1, len(cos), 1, 190, dtype=dtype)
+    got = diffkern.qk_norm_rope(ones, ones, None, None, cos, torch.zeros_like(cos))[0].view_as(cos)
+    torch.testing.assert_close(got, cos.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORY)
 def test_group_norm_beyond_two_to_the_31(cpu, memory):

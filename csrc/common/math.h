@@ -2,6 +2,7 @@
 // coefficients are minimax fits (Remez, 40 digits) of the relative error; each comment gives the error of the fit.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -48,13 +49,14 @@ struct Exp {
   float value, minus_one;
 };
 
-// e^x: zero below 2^-126.5, infinite above 2^127.5, and NaN for NaN; and e^x - 1, which keeps its digits near 0. Fit:
-// 2.0e-9.
-inline Exp fast_exp_minus_one(float x) {
+// Beyond these e^x is infinite and zero in fast_exp.
+constexpr float kExpHighest = 88.8f, kExpLowest = -88.1f;
+
+// e^x for kExpLowest <= x <= kExpHighest: zero below 2^-126.5, infinite above 2^127.5; and e^x - 1, which keeps its digits
+// near 0. Fit: 2.0e-9.
+inline Exp exp_minus_one_within(float x) {
   constexpr float kLog2e = 0x1.715476p0f, kLog2eRest = 0x1.4ae0cp-26f;
   constexpr float kToExponent = 0x1.8p23f + 127.0f;  // leaves n + 127, the exponent of 2^n, in the low bits of the sum
-  x = x > 88.8f ? 88.8f : x;  // comparisons that are false for NaN leave it there
-  x = x < -88.1f ? -88.1f : x;
   const float shifted = x * kLog2e + kToExponent;
   const float f = (x * kLog2e - (shifted - kToExponent)) + x * kLog2eRest;
   float p = 0.000153533617864f;
@@ -69,10 +71,25 @@ inline Exp fast_exp_minus_one(float x) {
   return {value, power == 1.0f ? p * f : value - 1.0f};
 }
 
+// For all x, and NaN for NaN.
+inline Exp fast_exp_minus_one(float x) {
+  x = x > kExpHighest ? kExpHighest : x;  // comparisons that are false for NaN leave it there
+  x = x < kExpLowest ? kExpLowest : x;
+  return exp_minus_one_within(x);
+}
+
 inline float fast_exp(float x) { return fast_exp_minus_one(x).value; }
 
+// x / (1 + e^u), for a u that is NaN only where x is. Bounds u as integers, which in the order of their size are floats of
+// one sign: of comparisons of floats the compiler makes branches, and has the vectors divide once for each.
+inline float divided_by_one_plus_exp(float x, float u) {
+  u = std::bit_cast<float>(std::min(std::bit_cast<int32_t>(u), std::bit_cast<int32_t>(kExpHighest)));
+  u = std::bit_cast<float>(std::min(std::bit_cast<uint32_t>(u), std::bit_cast<uint32_t>(kExpLowest)));
+  return x / (1.0f + exp_minus_one_within(u).value);
+}
+
 // x / (1 + e^-x)
-inline float fast_silu(float x) { return x / (1.0f + fast_exp(-x)); }
+inline float fast_silu(float x) { return divided_by_one_plus_exp(x, -x); }
 
 // x Phi(x) with Phi the normal distribution, by its tail Phi(-|x|) = e^(-x^2 / 2) t P(t), t = 1 / (1 + 0.283 |x|), which
 // keeps the digits of both tails. Fit, for |x| up to 14, where the tail is zero in float32: 7.8e-9.
@@ -113,7 +130,7 @@ inline float fast_scaled_tail(float x) {
 
 // The tanh form (Hendrycks & Gimpel 2016): x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline float fast_gelu_tanh(float x) {
-  return x / (1.0f + fast_exp(x * (-1.59576912161f - 0.0713548162726f * x * x)));
+  return divided_by_one_plus_exp(x, x * (-1.59576912161f - 0.0713548162726f * x * x));
 }
 
 }  // namespace diffkern

@@ -26,14 +26,12 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(const Tensor& x, const Te
     in_parallel(norm.batch * norm.tokens, 2 * n, [&](int64_t begin, int64_t end) {
       std::vector<float> x_room(n), y_room(n);
       for (int64_t r = begin; r < end; ++r) {
-        const float *g = &gates[r / norm.tokens * n], *v = as_float(in + r * n, x_room.data(), n);
-        const float* u = as_float(more + r * n, y_room.data(), n);
+        const float* g = &gates[r / norm.tokens * n];
+        const auto *v = readable(in + r * n, x_room.data(), n), *u = readable(more + r * n, y_room.data(), n);
         float* total = place(sum + r * n, x_room.data());
-        for (int64_t i = 0; i < n; ++i) {
-          total[i] = v[i] + g[i] * u[i];
-        }
+        const float all = sum_of(n, [=](int64_t i) { return total[i] = to_float(v[i]) + g[i] * to_float(u[i]); });
         put(total, sum + r * n, n);
-        norm.row(total, r / norm.tokens, y_room.data(), out + r * n);
+        norm.row(total, all, r / norm.tokens, out + r * n);
       }
     });
   });

@@ -190,9 +190,15 @@ inline void chunk_moments(const GroupNorm& p, const float* x, int64_t size, int6
     for (int64_t g = 0; g < p.groups; ++g) {
       out[g].*member = 0;
     }
-    for_each_column(p, width, [&](int64_t j, int64_t, int64_t g) { out[g].*member += sum[j]; });
-    for (int64_t g = 0; g < p.groups; ++g) {
-      out[g].*member *= factor;
+    for (int64_t first = 0; first < width; first += p.channels) {
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const float* of_group = sum + first + g * p.group_size();
+        float total = 0;  // in a register, where out[g] would go by way of memory at every column
+        for (int64_t c = 0; c < p.group_size(); ++c) {
+          total += of_group[c];
+        }
+        out[g].*member += total * factor;
+      }
     }
   };
   sum_columns(x, size, width, sum, [](float v, int64_t) { return v; });

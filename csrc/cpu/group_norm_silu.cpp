@@ -16,18 +16,16 @@ void contiguous(const GroupNorm& p, const Source<T>& source, T* y) {
     T* out = y + slab * size;
     const int64_t sample = slab / p.groups, first = slab % p.groups * p.group_size();
     in_parallel(chunks_of(size, kChunk), kChunk, [&, mean = mean, scale = scale](int64_t begin, int64_t end) {
-      float in_room[kChunk], out_room[kChunk];
+      float room[kRun];
       for (int64_t at = begin * kChunk; at < std::min(size, end * kChunk);) {
         const int64_t channel = at / p.pixels;
-        const int64_t n = std::min({kChunk, (channel + 1) * p.pixels - at, end * kChunk - at});
-        const float* x = source.planes(p, slab, at, n, in_room);
-        float* to = place(out + at, out_room);
+        const int64_t n = std::min({kRun, (channel + 1) * p.pixels - at, end * kChunk - at});
+        const float* x = source.planes(p, slab, at, n, room);
         const float a = scale * p.gamma(sample)[first + channel], b = p.beta(sample)[first + channel];
-        for (int64_t i = 0; i < n; ++i) {
+        emit(out + at, n, [=, mean = mean](int64_t i) {
           const float normal = (x[i] - mean) * a + b;
-          to[i] = kSilu ? fast_silu(normal) : normal;
-        }
-        put(to, out + at, n);
+          return kSilu ? fast_silu(normal) : normal;
+        });
         at += n;
       }
     });
@@ -48,17 +46,15 @@ void channels_last(const GroupNorm& p, const Source<T>& source, T* y) {
     });
     T* out = y + sample * size;
     in_parallel(rows.chunks, rows.chunk, [&](int64_t begin, int64_t end) {
-      float in_room[kRun], out_room[kRun];
+      float room[kRun];
       for (int64_t at = begin * rows.chunk; at < std::min(size, end * rows.chunk);) {
         const int64_t column = at % rows.width, n = std::min({kRun, rows.width - column, size - at});
-        const float* x = source.rows(p, sample, at, n, in_room);
-        float* to = place(out + at, out_room);
+        const float* x = source.rows(p, sample, at, n, room);
         const float *mean_at = &mean[column], *a_at = &a[column], *b_at = &b[column];
-        for (int64_t i = 0; i < n; ++i) {
+        emit(out + at, n, [=](int64_t i) {
           const float normal = (x[i] - mean_at[i]) * a_at[i] + b_at[i];
-          to[i] = kSilu ? fast_silu(normal) : normal;
-        }
-        put(to, out + at, n);
+          return kSilu ? fast_silu(normal) : normal;
+        });
         at += n;
       }
     });

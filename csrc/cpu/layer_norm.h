@@ -19,8 +19,7 @@ struct Normal {
   float operator()(float x) const { return (x - mean) * scale; }
 };
 
-inline Normal normal_of(const float* x, int64_t n, double eps) {
-  const Moments m = moments(x, n);
+inline Normal normal_of(const Moments& m, int64_t n, double eps) {
   return {m.mean, static_cast<float>(1 / std::sqrt(double{m.squares} / static_cast<double>(n) + eps))};
 }
 
@@ -51,19 +50,19 @@ struct LayerNorm {
     }
   }
 
-  // One row of sample b; `room` holds a row and may be where x is.
+  // One row of sample b, whose sum is known.
   template <class T>
-  void row(const float* x, int64_t b, float* room, T* out) const {
-    const Normal normal = normal_of(x, channels, eps);
+  void row(const float* x, float sum, int64_t b, T* out) const {
+    const Normal normal = normal_of(moments(x, channels, sum), channels, eps);
     const float *w = weight.data(), *o = bias.data();
     const float *s = one_plus_scale.data() + b * channels, *t = shift.data() + b * channels;
     if (affine && modulated) {
-      emit(out, room, channels, [=](int64_t i) { return (normal(x[i]) * w[i] + o[i]) * s[i] + t[i]; });
+      emit(out, channels, [=](int64_t i) { return (normal(x[i]) * w[i] + o[i]) * s[i] + t[i]; });
     } else if (affine || modulated) {
       const float *a = affine ? w : s, *c = affine ? o : t;
-      emit(out, room, channels, [=](int64_t i) { return normal(x[i]) * a[i] + c[i]; });
+      emit(out, channels, [=](int64_t i) { return normal(x[i]) * a[i] + c[i]; });
     } else {
-      emit(out, room, channels, [=](int64_t i) { return normal(x[i]); });
+      emit(out, channels, [=](int64_t i) { return normal(x[i]); });
     }
   }
 };

@@ -18,7 +18,8 @@ Tensor layer_norm_modulate(const Tensor& x, const std::optional<Tensor>& shift, 
     in_parallel(norm.batch * norm.tokens, n, [&](int64_t begin, int64_t end) {
       std::vector<float> room(std::is_same_v<T, float> ? 0 : n);
       for (int64_t r = begin; r < end; ++r) {
-        norm.row(as_float(in + r * n, room.data(), n), r / norm.tokens, room.data(), out + r * n);
+        const auto [v, sum] = summed(in + r * n, room.data(), n, itself);
+        norm.row(v, sum, r / norm.tokens, out + r * n);
       }
     });
   });

@@ -18,7 +18,7 @@ constexpr int64_t kTokens = 32;  // of a chunk
 template <class T>
 void row(const float* g, const float* x, const float* factor, int64_t n, double eps, float* normal, float* room, T* out,
          float* sum, float* sum_normal) {
-  const Normal norm = normal_of(x, n, eps);
+  const Normal norm = normal_of(moments(x, n), n, eps);
 #pragma omp simd  // seven arrays: too many for the compiler to compare their places before it dares
   for (int64_t i = 0; i < n; ++i) {
     normal[i] = norm(x[i]);
@@ -28,7 +28,7 @@ void row(const float* g, const float* x, const float* factor, int64_t n, double 
   }
   const float mean = sum_of(n, [=](int64_t i) { return room[i]; }) / static_cast<float>(n);
   const float along = sum_of(n, [=](int64_t i) { return room[i] * normal[i]; }) / static_cast<float>(n);
-  emit(out, room, n, [=](int64_t i) { return norm.scale * (room[i] - mean - normal[i] * along); });
+  emit(out, n, [=](int64_t i) { return norm.scale * (room[i] - mean - normal[i] * along); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(const Tensor& grad, const Tensor& x,

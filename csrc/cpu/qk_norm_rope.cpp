@@ -46,7 +46,7 @@ void heads(const Tensor& x, const std::optional<Tensor>& weight, const char* nam
       for (int64_t at = r * count * n; at < (r + 1) * count * n; at += n) {
         const float* v = as_float(in + at, room.data(), n);
         if (weight) {
-          const float scale = rms_scale(v, n, eps);
+          const float scale = rms_scale(sum_of(n, [v](int64_t i) { return square(v[i]); }), n, eps);
           for (int64_t i = 0; i < n; ++i) {
             normal[i] = v[i] * scale * weights[i];
           }
@@ -55,9 +55,9 @@ void heads(const Tensor& x, const std::optional<Tensor>& weight, const char* nam
         if (rotation.cos) {
           const float *cos = rotation.cos + r % tokens * n, *sin = rotation.sin + r % tokens * n, *o = other.data();
           rotation.turned(v, n, other.data());
-          emit(out + at, room.data(), n, [=](int64_t i) { return v[i] * cos[i] + o[i] * sin[i]; });
+          emit(out + at, n, [=](int64_t i) { return v[i] * cos[i] + o[i] * sin[i]; });
         } else {
-          emit(out + at, room.data(), n, [=](int64_t i) { return v[i]; });
+          emit(out + at, n, [=](int64_t i) { return v[i]; });
         }
       }
     }

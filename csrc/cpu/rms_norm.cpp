@@ -23,9 +23,9 @@ Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps
       std::vector<float> room(n);
       const float* w = weights.data();
       for (int64_t r = begin; r < end; ++r) {
-        const float* v = as_float(in + r * n, room.data(), n);
-        const float scale = rms_scale(v, n, eps);
-        emit(out + r * n, room.data(), n, [=](int64_t i) { return v[i] * scale * w[i]; });
+        const auto [v, squares] = summed(in + r * n, room.data(), n, square);
+        const float scale = rms_scale(squares, n, eps);
+        emit(out + r * n, n, [=, v = v](int64_t i) { return v[i] * scale * w[i]; });
       }
     });
   });

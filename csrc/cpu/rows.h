@@ -18,6 +18,25 @@ void in_parallel(int64_t n, int64_t elements_each, F f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
+// s[0] + ... + s[2 * kHalf - 1], in pairs; written out, since a loop or a call would go by way of memory.
+template <int kHalf>
+[[gnu::always_inline]] inline float folded(float* s) {
+  for (int j = 0; j < kHalf; ++j) {
+    s[j] += s[j + kHalf];
+  }
+  if constexpr (kHalf > 1) {
+    return folded<kHalf / 2>(s);
+  }
+  return s[0];
+}
+
+// What a loop may read n values from by to_float: where they are, unless their conversion has instructions of its own.
+template <class T>
+const T* readable(const T* in, float*, int64_t) {
+  return in;
+}
+inline const float* readable(const Half* in, float* room, int64_t n) { return as_float(in, room, n); }
+
 // f(0) + ... + f(n - 1), as many sums side by side as hide the latency of an addition, then folded in pairs.
 template <class F>
 float sum_of(int64_t n, F f) {
@@ -25,6 +44,7 @@ float sum_of(int64_t n, F f) {
   float sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums) {
+#pragma omp simd  // f may write where the compiler cannot see that nothing else is
     for (int j = 0; j < kSums; ++j) {
       sums[j] += f(i + j);
     }
@@ -32,25 +52,32 @@ float sum_of(int64_t n, F f) {
   for (int j = 0; i < n; ++i, ++j) {
     sums[j] += f(i);
   }
-  for (int half = kSums / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) {
-      sums[j] += sums[j + half];
-    }
-  }
-  return sums[0];
+  return folded<kSums / 2>(sums);
 }
 
-// out[i] = f(i), rounded on the way where that takes few instructions, else by way of `room`, which f may read at i.
+// out[i] = f(i), rounded on the way, some at a time, which so never leave the registers or the nearest cache.
 template <class T, class F>
-void emit(T* out, float* room, int64_t n, F f) {
-  if constexpr (std::is_same_v<T, Half>) {
+void emit(T* out, int64_t n, F f) {
+  if constexpr (std::is_same_v<T, float>) {
     for (int64_t i = 0; i < n; ++i) {
-      room[i] = f(i);
+      out[i] = f(i);
     }
-    narrow(room, out, n);
   } else {
-    for (int64_t i = 0; i < n; ++i) {
-      from_float(f(i), out[i]);
+    constexpr int64_t kSome = 64;
+    int64_t at = 0;
+    for (; at + kSome <= n; at += kSome) {
+      float some[kSome];
+      for (int64_t i = 0; i < kSome; ++i) {
+        some[i] = f(at + i);
+      }
+      narrow(some, out + at, kSome);
+    }
+    if (const int64_t rest = n - at; rest > 0) {
+      float some[kSome];
+      for (int64_t i = 0; i < rest; ++i) {
+        some[i] = f(at + i);
+      }
+      narrow(some, out + at, rest);
     }
   }
 }
@@ -59,15 +86,36 @@ struct Moments {
   float mean, squares;  // squares: the sum of squares about the mean
 };
 
-inline Moments moments(const float* x, int64_t n) {
-  const float mean = sum_of(n, [x](int64_t i) { return x[i]; }) / static_cast<float>(n);
+// Of values whose sum is known already.
+inline Moments moments(const float* x, int64_t n, float sum) {
+  const float mean = sum / static_cast<float>(n);
   const float squares = sum_of(n, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
   return {mean, squares};
 }
 
+inline Moments moments(const float* x, int64_t n) { return moments(x, n, sum_of(n, [x](int64_t i) { return x[i]; })); }
+
+struct Summed {
+  const float* values;
+  float sum;
+};
+
+// n values as float32 and the sum of f of each, in one pass.
+template <class T, class F>
+Summed summed(const T* in, float* room, int64_t n, F f) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {in, sum_of(n, [=](int64_t i) { return f(in[i]); })};
+  } else {
+    const auto* x = readable(in, room, n);
+    return {room, sum_of(n, [=](int64_t i) { return f(room[i] = to_float(x[i])); })};
+  }
+}
+
+inline float itself(float x) { return x; }
+inline float square(float x) { return x * x; }
+
 // What brings the root of the mean square to 1.
-inline float rms_scale(const float* x, int64_t n, double eps) {
-  const float squares = sum_of(n, [x](int64_t i) { return x[i] * x[i]; });
+inline float rms_scale(float squares, int64_t n, double eps) {
   return static_cast<float>(1 / std::sqrt(double{squares} / static_cast<double>(n) + eps));
 }
 
