@@ -29,9 +29,11 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(const Tensor& x, const Te
         const float* g = &gates[r / norm.tokens * n];
         const auto *v = readable(in + r * n, x_room.data(), n), *u = readable(more + r * n, y_room.data(), n);
         float* total = place(sum + r * n, x_room.data());
-        const float all = sum_of(n, [=](int64_t i) { return total[i] = to_float(v[i]) + g[i] * to_float(u[i]); });
+        for (int64_t i = 0; i < n; ++i) {
+          total[i] = to_float(v[i]) + g[i] * to_float(u[i]);
+        }
         put(total, sum + r * n, n);
-        norm.row(total, all, r / norm.tokens, out + r * n);
+        norm.row(total, sum_of(n, [total](int64_t i) { return total[i]; }), r / norm.tokens, out + r * n);
       }
     });
   });
