@@ -18,18 +18,6 @@ void in_parallel(int64_t n, int64_t elements_each, F f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-// s[0] + ... + s[2 * kHalf - 1], in pairs; written out, since a loop or a call would go by way of memory.
-template <int kHalf>
-[[gnu::always_inline]] inline float folded(float* s) {
-  for (int j = 0; j < kHalf; ++j) {
-    s[j] += s[j + kHalf];
-  }
-  if constexpr (kHalf > 1) {
-    return folded<kHalf / 2>(s);
-  }
-  return s[0];
-}
-
 // What a loop may read n values from by to_float: where they are, unless their conversion has instructions of its own.
 template <class T>
 const T* readable(const T* in, float*, int64_t) {
@@ -54,7 +42,12 @@ float sum_of(int64_t n, F f) {
   for (int j = 0; i < n; ++i, ++j) {
     sums[j] += f(i);
   }
-  return folded<kSums / 2>(sums);
+  for (int half = kSums / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) {
+      sums[j] += sums[j + half];
+    }
+  }
+  return sums[0];
 }
 
 // out[i] = f(i), rounded on the way, some at a time, which so never leave the registers or the nearest cache.
