@@ -46,7 +46,7 @@ def main() -> None:
         run = json.loads(state.read_text(encoding="utf-8"))
     if not options.no_record:
         results = {"command": shlex.join(["diffkern", *command]), "settings": run["settings"], "rows": averages(run)}
-        print(record.write("likelihood", "cpu", results, options.out))
+        print(record.write("likelihood", run["settings"]["device"], results, options.out))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,11 @@ def test_the_elbo_of_a_wrong_posterior_is_below_log_p_by_the_kl_between_them():
     z = (bound.log_p - (chain.log_prob(X) - gap)) / bound.stderr
     assert z.abs().max() < 4  # of 64 of them
     assert 0.7 < z.square().mean().sqrt() < 1.3  # the error bars are right
+    again = elbo(chain, X, samples=200, seed=1)
+    said = (bound.terms_stderr["reconstruction"].square() + again.terms_stderr["reconstruction"].square()).sqrt()
+    z = (bound.terms["reconstruction"] - again.terms["reconstruction"]) / said
+    assert 0.7 < z.square().mean().sqrt() < 1.3
+    assert bound.terms_stderr["kl"].max() < 1e-12  # of one level, in closed form
 
 
 @pytest.mark.parametrize("sizes", [(4, 3), (4, 3, 2)])

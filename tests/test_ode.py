@@ -109,6 +109,10 @@ def test_probes_estimate_the_divergence_without_bias(divergence: str, probe: str
     # One probe, 16 times: the standard error of 32 probes times sqrt(32 / 16), within its own error.
     ratio = again.stderr.square().sum().sqrt() / result.stderr.square().sum().sqrt()
     assert 0.6 < ratio / (32 / 16) ** 0.5 < 1.6
+    # The path is the same for every probe, so all of the error is the divergence's.
+    for found in (result, again):
+        torch.testing.assert_close(found.terms_stderr["divergence"], found.stderr)
+        assert found.terms_stderr["prior"].max() < 1e-6
     assert of(mixture, x, schedule, **options).stderr.isnan().all()
 
 

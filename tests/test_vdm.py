@@ -88,6 +88,10 @@ def test_the_error_bars_are_true(options: dict[str, int]):
     result = copies(MIXTURE, x, "flow", 250, **options)
     spread = result.log_p.reshape(250, 6).var(0).mean().sqrt()
     assert 0.85 < result.stderr.square().mean().sqrt() / spread < 1.2  # the spread of 6 x 250 is known to 2 %
+    for name in ("decoder", "diffusion"):
+        spread = result.terms[name].reshape(250, 6, -1).var(0).sum(1).mean().sqrt()
+        said = result.terms_stderr[name].square().reshape(1500, -1).sum(1).mean().sqrt()
+        assert 0.8 < said / spread < 1.25, name  # as above, of a part of the sum
 
 
 def test_a_sample_is_the_same_alone_and_in_any_batch():

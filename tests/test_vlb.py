@@ -132,6 +132,12 @@ def test_the_error_bars_are_true(options: dict[str, int]):
     spread = result.log_p.reshape(250, 6).var(0).mean().sqrt()
     said = result.stderr.square().mean().sqrt()
     assert 0.85 < said / spread < 1.2  # the spread of 6 x 250 is known to 2 %; neighbours judge by up to 10 % less
+    of_terms = {name: error.square().reshape(len(x) * 250, -1).sum(1) for name, error in result.terms_stderr.items()}
+    torch.testing.assert_close(sum(of_terms.values()), result.stderr.square())
+    assert of_terms["prior"].eq(0).all()
+    for name in ("decoder", "transitions"):
+        spread = result.terms[name].reshape(250, 6, -1).var(0).sum(1).mean().sqrt()
+        assert 0.8 < of_terms[name].mean().sqrt() / spread < 1.25, name  # as above, of a part of the sum
 
 
 def test_random_timesteps_have_the_mean_of_all():

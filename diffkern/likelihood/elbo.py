@@ -73,8 +73,8 @@ def elbo(
 
     drawn = _drawn(model, x, samples, noise_keys(seed, ids), batch_size, progress, costs, "elbo")  # [n, samples, 1 + T]
     mean = drawn.mean(1)
-    terms = {"reconstruction": mean[:, 0], "kl": mean[:, 1:]}
-    return Likelihood(-mean.sum(1), _stderr(-drawn.sum(2)), x.shape[1:].numel(), "elbo", terms)
+    terms, errors = ({"reconstruction": of[:, 0], "kl": of[:, 1:]} for of in (mean, _stderr(drawn)))
+    return Likelihood(-mean.sum(1), _stderr(drawn.sum(2)), x.shape[1:].numel(), "elbo", terms, errors)
 
 
 def iwae(
@@ -126,9 +126,9 @@ def _drawn(
 
 
 def _stderr(draws: Tensor) -> Tensor:
-    """Of the means of [n, draws]: float64 [n], NaN for a single draw."""
-    n, m = draws.shape
-    return draws.std(1) / m**0.5 if n and m > 1 else torch.full((n,), math.nan, dtype=torch.float64)
+    """Of the means of [n, draws, ...]: float64 [n, ...], NaN for a single draw."""
+    m = draws.shape[1]
+    return draws.std(1) / m**0.5 if len(draws) and m > 1 else torch.full_like(draws[:, 0], math.nan)
 
 
 def _keys_of_draw(keys: Tensor, draw: Tensor) -> Tensor:

@@ -130,14 +130,13 @@ def ode_log_likelihood(
             terms[2, part] = log_q.cpu()
 
     terms = terms.reshape(3, n, repeats)
-    named = dict(zip(("prior", "divergence", "dequantization"), terms.mean(2), strict=True))
-    stderr = torch.full((n,), math.nan, dtype=torch.float64)
-    if dequantization is None:
-        del named["dequantization"]
-        if divergence == "exact":
-            stderr.zero_()
-        elif repeats == 1 and probes > 1:
-            stderr = each_probe.std(1) / probes**0.5
-    if repeats > 1 and not (stderr == 0).all():
-        stderr = terms.sum(0).std(1) / repeats**0.5
-    return Likelihood(-terms.sum(0).mean(1), stderr, dims, "ode", named)
+    names = ("prior", "divergence", "dequantization")[: 2 if dequantization is None else 3]
+    errors = torch.full((4, n), math.nan, dtype=torch.float64)  # of the terms, and of their sum
+    if repeats > 1 and (divergence != "exact" or dequantization is not None):
+        errors = torch.cat([terms, terms.sum(0)[None]]).std(2) / repeats**0.5
+    elif dequantization is None and (divergence == "exact" or probes > 1):  # the path is the same for every probe
+        errors.zero_()
+        if divergence != "exact":
+            errors[1] = errors[3] = each_probe.std(1) / probes**0.5
+    named, of_named = dict(zip(names, terms.mean(2), strict=False)), dict(zip(names, errors, strict=False))
+    return Likelihood(-terms.sum(0).mean(1), errors[3], dims, "ode", named, of_named)

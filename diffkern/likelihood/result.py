@@ -17,13 +17,15 @@ class Likelihood:
     log_p: float64 [n]. stderr: float64 [n], the standard error of each from its own Monte-Carlo noise: 0 for an exact
     figure, NaN where a single draw cannot tell. dims: numbers in a sample, D. method: "elbo", "iwae", "vlb", "vdm" or
     "ode". terms: what log_p is made of, by name, as float64 [n] or [n, K] in nats that count against it: -log_p is
-    their sum; none for "iwae", which is a logarithm of a sum. All on the CPU."""
+    their sum; none for "iwae", which is a logarithm of a sum. terms_stderr: the standard error of each number of terms,
+    as stderr. All on the CPU."""
 
     log_p: Tensor
     stderr: Tensor
     dims: int
     method: str
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    terms_stderr: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.log_p)
@@ -50,5 +52,6 @@ class Likelihood:
         """The results of parts of a set, one after the other."""
         first = parts[0]
         terms = {name: torch.cat([p.terms[name] for p in parts]) for name in first.terms}
+        errors = {name: torch.cat([p.terms_stderr[name] for p in parts]) for name in first.terms_stderr}
         log_p, stderr = torch.cat([p.log_p for p in parts]), torch.cat([p.stderr for p in parts])
-        return cls(log_p, stderr, first.dims, first.method, terms)
+        return cls(log_p, stderr, first.dims, first.method, terms, errors)

@@ -79,11 +79,13 @@ def vdm(
     each = pairs.terms(levels, table, rows, learned=False, name="vdm")
 
     first, curves = each[:, :repeats], each[:, repeats:].reshape(n, draws, points)
-    diffusion, prior, decoded = curves.mean(1), pairs.prior(), first.mean(1)
-    noise = neighbour_variance(curves.flatten(0, 1)).sum(1).reshape(n, draws).mean(1)
-    stderr = (first.var(1) / repeats + noise / draws).sqrt()
-    found = {"prior": prior, "diffusion": diffusion, "decoder": decoded}
-    return Likelihood(-(prior + diffusion.sum(1) + decoded), stderr, pairs.dims, "vdm", found)
+    diffusion, prior, decoder_terms = curves.mean(1), pairs.prior(), first.mean(1)
+    of_points = neighbour_variance(curves.flatten(0, 1)).reshape(n, draws, points).mean(1) / draws
+    of_decoder = first.var(1) / repeats
+    found = {"prior": prior, "diffusion": diffusion, "decoder": decoder_terms}
+    errors = {"prior": torch.zeros_like(prior), "diffusion": of_points.sqrt(), "decoder": of_decoder.sqrt()}
+    stderr = (of_decoder + of_points.sum(1)).sqrt()
+    return Likelihood(-(prior + diffusion.sum(1) + decoder_terms), stderr, pairs.dims, "vdm", found, errors)
 
 
 def _first(denoiser: Denoiser) -> Levels:

@@ -131,12 +131,14 @@ def vlb(
     smooth = (steps / weight).reshape(n, draws, count)
     if terms is None:
         steps = steps.reshape(n, draws, count)
-        variance_of_sum = steps.var(1).sum(1) if draws > 1 else (share**2 * neighbour_variance(smooth[:, 0])).sum(1)
+        of_steps = steps.var(1) if draws > 1 else share**2 * neighbour_variance(smooth[:, 0])
         steps = steps.mean(1)
     else:
-        variance_of_sum = neighbour_variance(smooth.flatten(0, 1)).sum(1).reshape(n, draws).mean(1)
+        of_steps = neighbour_variance(smooth.flatten(0, 1)).reshape(n, draws, count).mean(1)
         steps = smooth.mean(1)
-    prior, decoded = pairs.prior(), first.mean(1)
-    stderr = (first.var(1) / repeats + variance_of_sum / draws).sqrt()
-    found = {"prior": prior, "transitions": steps, "decoder": decoded}
-    return Likelihood(-(prior + steps.sum(1) + decoded), stderr, pairs.dims, "vlb", found)
+    prior, decoder_terms, of_decoder = pairs.prior(), first.mean(1), first.var(1) / repeats
+    found = {"prior": prior, "transitions": steps, "decoder": decoder_terms}
+    errors = {"prior": torch.zeros_like(prior), "transitions": of_steps / draws, "decoder": of_decoder}
+    errors = {name: variance.sqrt() for name, variance in errors.items()}
+    stderr = (of_decoder + of_steps.sum(1) / draws).sqrt()
+    return Likelihood(-(prior + steps.sum(1) + decoder_terms), stderr, pairs.dims, "vlb", found, errors)
