@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffkern.likelihood.inputs import ids_of, positive, samples_of
 from diffkern.likelihood.result import Likelihood
 from diffkern.ops.randn import Draw, noise_keys, philox
+from diffkern.progress import progress_bar
 from diffkern.samplers.step import placement
 
 
@@ -115,8 +115,7 @@ def _drawn(
     device, _ = placement(model)
     x = x.to(device)
     parts = []
-    hidden, delay = (None, 2.0) if progress is None else (not progress, 0.0)
-    with tqdm(total=len(x) * draws, desc=name, unit="draw", disable=hidden, delay=delay) as bar:
+    with progress_bar(progress, total=len(x) * draws, desc=name, unit="draw") as bar:
         for pairs in torch.arange(len(x) * draws).split(batch_size):
             image = pairs // draws
             told = _keys_of_draw(keys[image], pairs % draws).to(device)

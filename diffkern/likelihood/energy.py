@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffkern.likelihood.denoiser import Denoiser, Levels
 from diffkern.likelihood.inputs import labels_of, positive, samples_of, timesteps_of
+from diffkern.progress import progress_bar
 from diffkern.schedules import Schedule
 
 
@@ -54,8 +54,7 @@ def energy_difference(
 
     calls = n * pieces * nodes
     shares = torch.empty(calls, dtype=torch.float64, device=device)
-    hidden, delay = (None, 2.0) if progress is None else (not progress, 0.0)
-    with tqdm(total=calls, desc="energy", unit="point", disable=hidden, delay=delay) as bar:
+    with progress_bar(progress, total=calls, desc="energy", unit="point") as bar:
         for first in range(0, calls, batch_size):
             index = torch.arange(first, min(first + batch_size, calls), device=device)
             pair, piece, node = index // (pieces * nodes), index // nodes % pieces, index % nodes

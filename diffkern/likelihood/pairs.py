@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffkern.layout import memory_format
 from diffkern.likelihood.denoiser import Denoiser, Levels
@@ -23,6 +22,7 @@ from diffkern.likelihood.inputs import ids_of, labels_of, positive, samples_of
 from diffkern.ops.add_noise import add_noise
 from diffkern.ops.randn import Draw, noise_keys, normal
 from diffkern.ops.vlb_term import vlb_term
+from diffkern.progress import progress_bar
 from diffkern.samplers.grid import Point, initial_scale
 
 # The columns of a call, and after them the draws of its random times.
@@ -91,8 +91,7 @@ class Pairs:
         levels = Levels(*(v.to(device) for v in levels))
         alpha_sigma = torch.stack([levels.alpha, levels.sigma], 1).to(x.dtype)
         found = torch.empty(n * J, dtype=x.dtype, device=device)
-        hidden, delay = (None, 2.0) if self.progress is None else (not self.progress, 0.0)
-        with tqdm(total=n * J, desc=name, unit="pair", disable=hidden, delay=delay) as bar:
+        with progress_bar(self.progress, total=n * J, desc=name, unit="pair") as bar:
             for start in range(0, n * J, self.batch_size):
                 stop = min(start + self.batch_size, n * J)
                 which, rows = torch.arange(start, stop, device=device) % n, row[start:stop]

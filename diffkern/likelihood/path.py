@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffkern.likelihood.denoiser import Denoiser
 from diffkern.likelihood.integrate import Solver
+from diffkern.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,8 @@ class Path:
 @contextmanager
 def in_batches(total: int, batch_size: int, progress: bool | None, name: str) -> Iterator[Iterator[tuple[Tensor, Any]]]:
     """The indices of each batch, int64, with what a solver tells how much of it is done."""
-    hidden, delay = (None, 2.0) if progress is None else (not progress, 0.0)
     style = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    with tqdm(total=total, desc=name, disable=hidden, delay=delay, bar_format=style) as bar:
+    with progress_bar(progress, total=total, desc=name, bar_format=style) as bar:
 
         def parts() -> Iterator[tuple[Tensor, Any]]:
             for part in torch.arange(total).split(batch_size) if total else ():

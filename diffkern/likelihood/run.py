@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffkern.data import Pictures
 from diffkern.likelihood.ode import ode_log_likelihood
@@ -20,6 +19,7 @@ from diffkern.likelihood.result import Likelihood
 from diffkern.likelihood.vdm import vdm
 from diffkern.likelihood.vlb import vlb
 from diffkern.models.bundle import Diffusion
+from diffkern.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,9 @@ def run(
     if not left:
         return
     total = sum(weight(entry) * (entry.pictures - entry.done) for entry in left)
-    hidden, delay = (None, 2.0) if progress is None else (not progress, 0.0)
     style = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     try:
-        with tqdm(total=total, disable=hidden, delay=delay, bar_format=style) as bar:
+        with progress_bar(progress, total=total, bar_format=style) as bar:
             for entry in left:
                 bar.set_description(f"{entry.data}, {entry.method}", refresh=False)
                 pictures, method = by_name[entry.data], METHODS[entry.method]

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffkern.ops.randn import Draw, noise_keys, randn
+from diffkern.progress import progress_bar
 from diffkern.samplers import graph
 from diffkern.samplers.step import Model, Step, Told, placement, unbound
 from diffkern.samplers.table import Table
@@ -76,11 +76,8 @@ def sample(
     batches = _Batches(model, table, shape, seed, device, dtype, callback, cuda_graph)
     out = torch.empty(n, *shape, device=device)
     path = torch.empty(len(table) + 1, n, *shape, device=device) if trajectory else None
-    # disable=None hides the bar where there is no terminal
-    hidden = None if progress is None else not progress
-    delay = 2.0 if progress is None else 0.0
     starts = range(0, n, batch_size)
-    with tqdm(total=len(table) * len(starts), desc=table.name, unit="step", disable=hidden, delay=delay) as bar:
+    with progress_bar(progress, total=len(table) * len(starts), desc=table.name, unit="step") as bar:
         for start in starts:
             part = slice(start, min(start + batch_size, n))
             batches.run(
