@@ -49,7 +49,7 @@ def test_the_masses_of_all_levels_sum_to_one(backend, deviation):
 
 
 # From mpmath with 80 digits: x0, x0_hat, half width, deviation, the term. In order: far off, twice; hopeless; a narrow
-# bin near the mean, far from it, at it; a wide one that misses little; both ends, in reach and not.
+# bin near the mean, far from it, at it; a wide one that misses little; both ends, in reach and not; where both begin.
 TAILS = [
     (0, 0.5, 2**-8, 2**-5, 129.71362439927728),
     (0, 0.5, 2**-8, 2**-7, 2021.1952262860265),
@@ -63,6 +63,8 @@ TAILS = [
     (-1, 0.5, 2**-8, 2**-6, 4589.5120382058385),
     (1, 0, 2**-8, 2**-4, 130.69346541169561),
     (1, 1, 2**-8, 2**-9, 0.023012909328963488),
+    (0.5, 0.25, 0.5, 0.5, 0.36894641528865639),
+    (-0.5, -0.25, 0.5, 0.5, 0.36894641528865639),
 ]
 
 
