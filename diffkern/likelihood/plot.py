@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffkern import files
 from diffkern.likelihood.record import Entry, Record
+from diffkern.likelihood.vlb import shares
 from diffkern.schedules import Schedule
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -95,12 +96,11 @@ def timesteps(schedule: Schedule, method: str, count: int) -> tuple[Tensor, Tens
     T = len(schedule)
     if method == "vlb" and count == T - 1:
         return torch.arange(1, T, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
-    snr = (schedule.alpha_t / schedule.sigma_t) ** 2
-    if method == "vlb":  # equal shares of what the terms of N(0, 1) data add up to
-        size = (snr[:-1] - snr[1:]) / (1 + snr[1:])
-        share = torch.cat([torch.zeros(1, dtype=torch.float64), size.cumsum(0) / size.sum()])
+    if method == "vlb":
+        share = torch.cat([torch.zeros(1, dtype=torch.float64), shares(schedule).cumsum(0)])
     else:  # equal parts of log(1 + SNR), from noise to data
-        share = (snr[0].log1p() - snr.log1p()) / (snr[0].log1p() - snr[-1].log1p())
+        part = ((schedule.alpha_t / schedule.sigma_t) ** 2).log1p()
+        share = (part[0] - part) / (part[0] - part[-1])
     at = torch.linspace(0, 1, 2 * count + 1, dtype=torch.float64)
     above = torch.searchsorted(share, at).clamp(1, T - 1)
     edges = above - 1 + (at - share[above - 1]) / (share[above] - share[above - 1])

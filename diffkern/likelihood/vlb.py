@@ -67,6 +67,14 @@ def vlb_table(
     return table
 
 
+def shares(schedule: Schedule) -> Tensor:
+    """What share of the transitions of N(0, 1) data that of each t = 1 to T - 1 has, (SNR_s - SNR_t) / (1 + SNR_t) of
+    their sum: those of other data are smooth beside it. float64 [T - 1]."""
+    snr = (schedule.alpha_t / schedule.sigma_t) ** 2
+    size = (snr[:-1] - snr[1:]) / (1 + snr[1:])
+    return size / size.sum()
+
+
 @torch.no_grad()
 def vlb(
     model: Any,
@@ -113,10 +121,7 @@ def vlb(
     positive(draws=draws)
     pairs = Pairs.of(denoiser, x, labels, seed, sample_ids, batch_size, progress, levels=decoder == "discretized")
     n, count, repeats = len(pairs.x), terms or T - 1, max(2, draws)  # repeats: of the decoder
-    # What the terms of N(0, 1) data are: (SNR_s - SNR_t) / (1 + SNR_t). Those of other data are smooth beside them.
-    alpha, sigma = denoiser.schedule.alpha_t, denoiser.schedule.sigma_t
-    size = (table[:, C1] ** 2 * sigma**2 / (alpha**2 + sigma**2))[1:]
-    share = size / size.sum()
+    share = shares(denoiser.schedule)
     if terms is None:
         t, weight = torch.arange(T - 1).repeat(n, draws), share.repeat(draws)
     else:
