@@ -89,7 +89,7 @@ def test_the_figures_are_those_of_the_functions(score, folder, capsys):
     model = diffkern.load(folder)
     x = load_data(folder / "pictures", (3, 8, 8)).images
     ode = ode_log_likelihood(
-        model, x, solver="heun", steps=3, divergence="difference", dequantization="uniform", seed=3
+        model, x, solver="heun", steps=3, divergence="difference", dequantization="uniform", repeats=2, seed=3
     )
     for result, expected in zip(
         kept["results"],

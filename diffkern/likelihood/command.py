@@ -54,7 +54,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--divergence", metavar="NAME",
                    help=f"of ode: {', '.join(DIVERGENCES)} (default difference, in 16 bits hutchinson)")  # fmt: skip
     p.add_argument("--dequantization", default="uniform", metavar="NAME", help=f"of ode: {', '.join(DEQUANTIZATIONS)}")
-    p.add_argument("--repeats", type=int, default=1, help="how often all is done, with other noise (default 1)")
+    p.add_argument(
+        "--repeats", type=int, default=1, help="how often all is done, with other noise (default 1; ode at least twice)"
+    )
     p.add_argument("--seed", type=int, default=0, help="of the noise; picture i of a seed gets always the same")
     options.add_machine(p)
     p.add_argument("--batch-size", type=int, metavar="N",

@@ -48,6 +48,11 @@ def _fixed(settings: Settings) -> str:
     return "fixed_small" if settings.variance == "learned_range" else settings.variance
 
 
+def _runs(settings: Settings) -> int:
+    """How often the ode is followed: one run could not tell the error of a picture's figure."""
+    return max(2, settings.repeats)
+
+
 class Method(NamedTuple):
     """score: the function. figure: what it gives. options: its own arguments, for a schedule of T timesteps.
     evaluations: how often it will ask the model, for a picture, as far as that is known beforehand. sequential: whether
@@ -78,10 +83,10 @@ METHODS = {
         "estimate",
         lambda s, T: {
             "solver": s.solver, "steps": s.steps, "rtol": s.tolerance, "atol": s.tolerance,
-            "divergence": s.divergence, "dequantization": s.dequantization, "repeats": s.repeats,
+            "divergence": s.divergence, "dequantization": s.dequantization, "repeats": _runs(s),
         },
         lambda s, T: (
-            s.repeats * {"dopri5": 60, "heun": 2 * s.steps, "rk4": 4 * s.steps}[s.solver]
+            _runs(s) * {"dopri5": 60, "heun": 2 * s.steps, "rk4": 4 * s.steps}[s.solver]
             * (2 if s.divergence == "difference" else 1)
         ),
         sequential=True,
@@ -137,7 +142,7 @@ def run(
                 pictures, method = by_name[entry.data], METHODS[entry.method]
                 at_once = BATCHES * batch_size // method.evaluations(settings, T)
                 if method.sequential:
-                    at_once = batch_size // settings.repeats
+                    at_once = batch_size // _runs(settings)
                 while not entry.complete:
                     part = range(entry.done, min(entry.done + max(1, at_once), entry.pictures))
                     _score(
