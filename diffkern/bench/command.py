@@ -1,131 +1,18 @@
-"""`diffkern bench`: time ops against their rivals, and compare records of timings."""
+"""`diffkern bench`: time what diffkern does against its rivals, and compare records of timings."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import sys
-from pathlib import Path
 
-import torch
+from diffkern.bench import compare_command, ops_command
 
-from diffkern import options
-from diffkern.bench import ops, record
-from diffkern.bench.compare import Change, Comparison, compare
-from diffkern.columns import aligned
-from diffkern.op import BACKENDS, OPS
-from diffkern.schedules import one_of
-
-KERNELS = tuple(name for name in BACKENDS if name != "reference")
-REGRESSION = 5.0  # percent, unless told otherwise
+PARTS = {"ops": ops_command, "compare": compare_command}
+"""The commands, in the order of the help: each module's `add` makes the parser of one."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.description = "Time ops against what else there is, and compare the records that benchmarks write."
-    commands = parser.add_subparsers(dest="what", required=True, metavar="ops|compare", parser_class=type(parser))
-
-    o = commands.add_parser("ops", help="time every op against its rivals", description=_ops.__doc__)
-    o.add_argument("--op", action="append", metavar="NAME",
-                   help=f"{', '.join(sorted(OPS))}; may be given again (default all)")  # fmt: skip
-    o.add_argument("--backend", action="append", metavar="NAME",
-                   help=f"{', '.join(KERNELS)}; may be given again (default all that can run)")  # fmt: skip
-    o.add_argument("--dtype", action="append", metavar="NAME",
-                   help=f"{', '.join(options.DTYPES)}; may be given again (default float32 and bfloat16, "
-                        "with --quick float32; on a GPU bfloat16)")  # fmt: skip
-    o.add_argument("--rivals", metavar="KINDS",
-                   help=f"{','.join(ops.RIVALS)}, or none: what one would write, torch.compile of it, which takes "
-                        "minutes, and on a GPU kernels of libraries (default all; with --quick eager)")  # fmt: skip
-    o.add_argument("--quick", action="store_true", help="one workload an op, in fewer rounds: all of it in two minutes")
-    o.add_argument("--tiny", action="store_true", help="a small sample of each op: whether all of this runs")
-    o.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    o.add_argument("--threads", type=int, help="of the CPU (default torch's)")
-    o.add_argument("--rounds", type=int, help="in each all are timed in turn (default 20, on a GPU 9, with --quick 7)")
-    o.add_argument("--processes", type=int, default=0, metavar="N", help="check and compile in N, time in another")
-    o.add_argument("--seconds", type=float, default=3600, help="with --processes: what is left then is left out")
-    o.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER",
-                   help=f"of the records, FOLDER/<machine>/ops-<op>.json (default {record.RESULTS})")  # fmt: skip
-    o.add_argument("--no-record", action="store_true", help="print, and write nothing")
-    o.add_argument("--child", choices=("check", "time"), help=argparse.SUPPRESS)
-    o.set_defaults(run=_ops)
-
-    c = commands.add_parser("compare", help="what got faster or slower beyond noise", description=_compare.__doc__)
-    c.add_argument("before", type=Path, help="a record, or a folder of records")
-    c.add_argument("after", type=Path, help="a record of the same kind, or a folder of records of the same names")
-    c.add_argument("--regression", type=float, default=REGRESSION, metavar="PERCENT",
-                   help="what may get slower by beyond noise, before the exit code is 1 (default 5)")  # fmt: skip
-    c.add_argument("--all", action="store_true", help="list what is within noise as well")
-    c.set_defaults(run=_compare)
-
-
-def _ops(args: argparse.Namespace) -> int:
-    """Time the backends of ops on workloads of real networks, each in turn with its rivals and with what the machine
-    can do at best: a copy of as many bytes, a product of as many operations. A kernel that is wrong is refused. Ctrl-C
-    keeps what is done. Exit code 1: something was not timed."""
-    device = options.device_of(args.device)
-    for name in args.op or ():
-        one_of("op", name, OPS)
-    for name in args.backend or ():
-        one_of("backend", name, KERNELS)
-    for name in args.dtype or ():
-        options.dtype_of(name)
-    args.rivals = _rivals(args.rivals, args.quick)
-    cuda = device.type == "cuda"
-    args.rounds = (7 if args.quick else 9 if cuda else 20) if args.rounds is None else args.rounds
-    args.threads = torch.get_num_threads() if args.threads is None else args.threads
-    options.at_least(1, rounds=args.rounds, threads=args.threads)
-    options.at_least(0, processes=args.processes)
-    defaults = ["bfloat16"] if cuda else ["float32", "bfloat16"]
-    args.op, args.backend = args.op or sorted(OPS), args.backend or []
-    args.dtype = args.dtype or (defaults[:1] if args.quick else defaults)
-    args.device = device.type
-    if cuda:
-        torch.cuda.set_device(device)
-    torch.set_num_threads(args.threads)
-    if not args.no_record:
-        args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
-    return ops.run(args)
-
-
-def _rivals(given: str | None, quick: bool) -> tuple[str, ...]:
-    if given is None:
-        return ("eager",) if quick else ops.RIVALS
-    if given == "none":
-        return ()
-    for name in given.split(","):
-        one_of("kind of rivals", name, (*ops.RIVALS, "none"))
-    return tuple(given.split(","))
-
-
-def _compare(args: argparse.Namespace) -> int:
-    """Print what got faster or slower from one record to another: where the two intervals from the 20th to the 80th
-    percentile have nothing in common. What is left is noise. Exit code 1: something is slower beyond noise, and its
-    median by more than --regression percent."""
-    if not 0 <= args.regression < math.inf:
-        raise ValueError(f"--regression must be a percentage of 0 or more, not {args.regression}")
-    found = compare(args.before, args.after)
-    if found.differences:
-        print(f"diffkern bench: warning: not the same {'; '.join(found.differences)}", file=sys.stderr)
-    print(f"before: {args.before}\nafter: {args.after}")
-    if changes := _listed(found, args.all):
-        rows = [("", "", "before", "after", "time")]
-        rows += [(c.verdict, c.name, str(c.before), str(c.after), f"{c.percent:+.1f} %") for c in changes]
-        print(f"\n{aligned(rows)}\n")
-    for where, names in (("before", found.only_before), ("after", found.only_after)):
-        for name in names:
-            print(f"only {where}: {name}")
-    for name in found.left_out:
-        print(f"not compared: {name}, which has no timings")
-    count = {verdict: sum(c.verdict == verdict for c in found.changes) for verdict in ("faster", "slower", "noise")}
-    worse = sum(c.regresses(args.regression) for c in found.changes)
-    print(
-        f"of {len(found.changes)} timings {count['faster']} are faster, {count['slower']} slower and {count['noise']} "
-        f"within noise; {worse or 'none'} slower by more than {args.regression:g} %"
-    )
-    return 1 if worse else 0
-
-
-def _listed(found: Comparison, everything: bool) -> list[Change]:
-    """What the table shows: the slowest first, and noise, if it is wanted, at the end."""
-    shown = [c for c in found.changes if everything or c.verdict != "noise"]
-    return sorted(shown, key=lambda c: (("slower", "faster", "noise").index(c.verdict), -abs(c.percent)))
+    commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(PARTS), parser_class=type(parser))
+    for part in PARTS.values():
+        part.add(commands)
