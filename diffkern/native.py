@@ -2,8 +2,10 @@
 
 A library is taken from the wheel if it was built ahead of time, else from the cache, else it is built into the cache:
 `$DIFFKERN_CACHE`, or `$XDG_CACHE_HOME/diffkern`, or `~/.cache/diffkern`, or a folder in the temporary directory. What
-is in the cache is named for everything that it depends on (sources, torch, compiler, flags) and is loaded only if its
-recorded sha256 is right. DIFFKERN_NO_BUILD=1 forbids building. What a library is made of, and how: toolchain.py.
+is in the cache is named for everything that it depends on (sources, torch, compiler, flags), never known by its age,
+and is loaded only if its sha256 is the one recorded when it was built. A cache is made for its owner alone (0700); one
+that another user could have written to is refused, and said so. DIFFKERN_NO_BUILD=1 forbids building. What a library is
+made of, and how: toolchain.py.
 """
 
 from __future__ import annotations
@@ -97,11 +99,14 @@ def cache_folders() -> list[Path]:
     return [Path(chosen), Path(tempfile.gettempdir()) / f"diffkern-{os.getuid()}"]
 
 
-def _check_private(folder: Path) -> None:
-    """Raise PermissionError if another user could put a library here, for us to run."""
-    status = folder.stat()
-    if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o002:
-        raise PermissionError(f"{folder} belongs to another user or everybody can write to it")
+def _check_private(folder: Path, library: Path) -> None:
+    """Raise PermissionError if another user could put a library into the cache for us to run, or has put this one."""
+    if folder.stat().st_mode & 0o022:
+        raise PermissionError(f"others can write to the cache {folder}: make it private (chmod go-w) or remove it")
+    for path in (folder, library.parent, library, toolchain.record_of(library)):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_uid not in (os.getuid(), 0):
+                raise PermissionError(f"the cache {folder} is not used: {path} belongs to another user")
 
 
 def _cached_or_built(recipe: Recipe) -> Path:
@@ -113,16 +118,18 @@ def _cached_or_built(recipe: Recipe) -> Path:
     names = [folder / entry / f"diffkern_{recipe.name}.so" for folder in cache_folders()]
     for library in names:
         with contextlib.suppress(OSError):
-            _check_private(library.parent.parent)
+            _check_private(library.parent.parent, library)
             if toolchain.intact(library, recipe.name):
                 return library
     if os.environ.get("DIFFKERN_NO_BUILD", "0") not in ("", "0"):
         raise BuildError("it is not built, and DIFFKERN_NO_BUILD forbids building it")
-    unwritable = []
+    unwritable: list[str] = []
     for library in names:
+        if unwritable:
+            print(f"diffkern: {unwritable[-1]}; trying {library.parent.parent}", file=sys.stderr, flush=True)
         try:
             library.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_private(library.parent.parent)
+            _check_private(library.parent.parent, library)
             with FileLock(library.parent.with_suffix(".lock")):
                 if not toolchain.intact(library, recipe.name):  # else another process built it while this one waited
                     _build_into(library, recipe)
@@ -137,10 +144,15 @@ def _build_into(library: Path, recipe: Recipe) -> None:
     place, name = library.parent, recipe.name
     print(f"diffkern: building the {name} library, once (about {recipe.seconds} s) ...", file=sys.stderr, flush=True)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix="building-") as work:
+    beside = f"building-{place.name}-"
+    for left in place.parent.glob(f"{beside}*"):  # by a process that was killed: this one has the lock
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=beside) as work:
         made = Path(work, place.name)
         made.mkdir()
         toolchain.build(made / library.name, recipe, log=place.with_suffix(".log"))
+        if not toolchain.intact(made / library.name, recipe.name):
+            raise OSError(f"the disk of the cache {place.parent} does not give back what was written to it")
         shutil.rmtree(place, ignore_errors=True)  # a broken one
         made.rename(place)
     print(f"diffkern: built in {time.monotonic() - start:.0f} s: {library}", file=sys.stderr, flush=True)

@@ -226,8 +226,8 @@ def build(library: Path, recipe: Recipe, log: Path) -> None:
         if done.returncode:
             errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
             raise BuildError(f"the build failed: {(errors or ['no reason given'])[0].strip()} (log: {log})")
+        write_record(library, recipe.name, made=Path(work, library.name))  # of what was linked, not of what a disk kept
         shutil.copyfile(Path(work, library.name), library)
-    write_record(library, recipe.name)
 
 
 def _ninja() -> str:
@@ -251,7 +251,8 @@ def ahead_of_time_path(folder: Path, level: str) -> Path:
     return folder / "lib" / f"diffkern_cpu-{level}.so"
 
 
-def _record_of(library: Path) -> Path:
+def record_of(library: Path) -> Path:
+    """Where what a library is stands written: beside it."""
     return library.with_suffix(".json")
 
 
@@ -259,14 +260,15 @@ def _record(library: Path, name: str) -> dict[str, str]:
     return {"sha256": hash_of(library.read_bytes()), "sources": source_hash(name)}
 
 
-def write_record(library: Path, name: str) -> None:
-    """Write beside a library what it is: its sha256 and that of its sources."""
-    _record_of(library).write_text(json.dumps(_record(library, name)))
+def write_record(library: Path, name: str, made: Path | None = None) -> None:
+    """Write beside a library what it is: its sha256 and that of its sources. made: the library, where it is not there
+    yet."""
+    record_of(library).write_text(json.dumps(_record(made or library, name)))
 
 
 def intact(library: Path, name: str) -> bool:
     """Whether the library is the one that its record was written for, and the sources are too."""
     try:
-        return json.loads(_record_of(library).read_text()) == _record(library, name)
+        return json.loads(record_of(library).read_text()) == _record(library, name)
     except (OSError, ValueError):
         return False
