@@ -67,13 +67,14 @@ def test_a_row_in_words():
     cost = Cost(4_000_000, 6_000_000_000)
     seconds = {"cpu": [1e-3, 1e-3], "torch": [3e-3, 3e-3], "reference": [9e-4, 1.3e-3], "copy": [5e-4, 5e-4]}
     times = {name: ops.figures(s, cost, seconds["copy"], [8e-4, 8e-4]) for name, s in seconds.items()}
-    row = {"op": "linear", "sample": "DiT", "dtype": "float32", "times": times}
+    row = {"op": "linear", "sample": "DiT", "dtype": "float32", "times": times, "refused": {"OpenVINO": "has none"}}
     lines = [" ".join(line.split()) for line in ops.in_words(row).splitlines()]
     assert lines[1:] == [
         "cpu 1000 us (1000 to 1000) 6 TFLOP/s 80 % of matmul",
         "torch 3000 us (3000 to 3000) 2 TFLOP/s 27 % of matmul cpu is 3 times as fast",
         "reference 1100 us (980 to 1220) 5.45 TFLOP/s 75 % of matmul cpu is 1.1 times as fast, within noise",
         "copy 500 us (500 to 500) 8 GB/s 100 % of copy",
+        "OpenVINO: not timed: has none",
     ]
 
 
@@ -102,7 +103,7 @@ def test_rivals_and_backends_are_chosen():
     able = [b.name for b in op.backends if b.why_not(args) is None]
 
     def names(*kinds: str, backend: tuple[str, ...] = ()) -> set[str]:
-        return set(ops.rivals(op, args, Namespace(device="cpu", rivals=kinds, backend=list(backend))))
+        return set(ops.calls(op, args, Namespace(device="cpu", rivals=kinds, backend=list(backend))))
 
     assert names() == {*able, "copy"}
     assert names("eager") == {*able, "torch", "reference", "copy"}
@@ -186,7 +187,7 @@ WRONG = {
     ("--op", "softmax"): "no op is named 'softmax': choose one of ",
     ("--backend", "reference"): "no backend is named 'reference': choose one of cpu, triton, cuda, torch",
     ("--dtype", "int8"): "no dtype is named 'int8': choose one of float32, bfloat16, float16",
-    ("--rivals", "eager,jax"): "no kind of rivals is named 'jax': choose one of eager, compile, library, none",
+    ("--rivals", "eager,jax"): "no rival is named 'jax': choose one of eager, compile, ",
     ("--device", "tpu"): "no device is named 'tpu' here: choose one of auto, cpu",
     ("--rounds", "0"): "--rounds must be at least 1, not 0",
     ("--threads", "0"): "--threads must be at least 1, not 0",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,24 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffkern
-from diffkern.bench import children, gpu, record
+from diffkern.bench import children, gpu, memory, record, rivals
 from diffkern.bench.compare import Change, Timing
-from diffkern.bench.plain import AUTOGRAD, LIBRARY, PLAIN
+from diffkern.bench.plain import PRODUCTS
+from diffkern.bench.rivals import Bind, Run, later
 from diffkern.columns import aligned
 from diffkern.op import OPS, Backend, Cost, Op, Sample
 from diffkern.testing import check
 
-Bind = Callable[..., Callable[[], Any]]
 Item = tuple[str, str, str]  # op, dtype, sample
-PRODUCTS = ("linear", "query_key_value", "conv2d", "attention")  # the ops whose floor is arithmetic
 SIDE = 1024  # of the weight of the matmul that they are compared with
 EACH = 60.0  # seconds that a child may take for an item
-RIVALS = ("eager", "compile", "library")
-"""Kinds of rivals: the reference and what one would write; torch.compile of them; on a GPU, kernels of libraries."""
-
-
-def later(function: Callable[..., Any]) -> Bind:
-    return lambda *args: lambda: function(*args)
 
 
 def backends(op: Op, args: tuple[Any, ...], wanted: list[str]) -> list[Backend]:
@@ -46,32 +39,11 @@ def backends(op: Op, args: tuple[Any, ...], wanted: list[str]) -> list[Backend]:
     return [b for b in op.backends if (not wanted or b.name in wanted) and b.why_not(args) is None]
 
 
-def rivals(op: Op, args: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Bind]:
-    """The calls to compare, by name: given arguments, each is a call on them."""
-    cuda, kinds = options.device == "cuda", options.rivals
-    calls = {b.name: later(b) for b in backends(op, args, options.backend)}
-    plain = PLAIN.get(op.name)
-    if "eager" in kinds:
-        if not cuda or "torch" not in {*calls, *(["torch"] if plain or op.name in AUTOGRAD else [])}:
-            calls["reference"] = later(op.reference)  # on a GPU only in place of what one would write
-        if plain is not None:
-            calls["torch"] = later(plain)
-        if op.name in AUTOGRAD:
-            calls["torch"] = AUTOGRAD[op.name]
-    if "compile" in kinds:
-        torch.compiler.reset()
-        # On a GPU as fast as it gets outside a graph of its own; products there are a library's either way.
-        mode = "max-autotune-no-cudagraphs" if cuda and op.name not in PRODUCTS else "default"
-        functions = {"reference": op.reference, "torch": plain}
-        if cuda:
-            composed = next((b.run for b in op.backends if b.name == "torch"), op.reference)
-            functions = {} if op.name in AUTOGRAD else {"torch": plain or composed}
-        for name, function in functions.items():
-            if function is not None:
-                calls[f"{name}, compiled"] = later(torch.compile(function, fullgraph=True, mode=mode))
-    if "library" in kinds and cuda:
-        calls |= {name: later(function) for name, function in LIBRARY.get(op.name, {}).items()}
-    return calls | ceiling_calls(op, args, options.device)
+def calls(op: Op, args: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Bind]:
+    """What is compared, by name: called once with the arguments, each gives the call to time."""
+    ours = {b.name: later(b) for b in backends(op, args, options.backend)}
+    theirs = rivals.calls(op, args, options.device, options.rivals)
+    return ours | theirs | ceiling_calls(op, args, options.device)
 
 
 def ceiling_calls(op: Op, args: tuple[Any, ...], device: str) -> dict[str, Bind]:
@@ -144,9 +116,8 @@ class Bench:
                 return str(wrong)
         if self.cuda:
             torch.cuda.empty_cache()  # the oracle's memory, for the processes beside this one
-        for name, bind in rivals(op, args, self.options).items():
-            if name.endswith("compiled"):
-                bind(*args)()
+        compiled = {name: bind for name, bind in calls(op, args, self.options).items() if name.endswith("compiled")}
+        bound(compiled, args)
         return ""
 
     def time(self, item: Item, ceilings: dict[str, float]) -> dict[str, Any]:
@@ -154,25 +125,48 @@ class Bench:
         op, sample = self.items[item]
         args = op.bind(*sample.args())
         cost = op.count_cost(*args)
-        calls = rivals(op, args, self.options)
+        binds = calls(op, args, self.options)
         row = {"op": op.name, "sample": sample.name, "dtype": item[1], "bytes": cost.bytes, "flops": cost.flops}
         if not self.cuda:
-            bound = {name: bind(*args) for name, bind in calls.items()}
-            for call in bound.values():
-                call()  # compiles, and fills caches
-            times = record.interleave(bound, self.options.rounds, at_least=5e-3)
+            able, refused = bound(binds, args)
+            times = record.interleave(able, self.options.rounds, at_least=5e-3)
             copy, matmul = times["copy"], times.get("matmul")
-            return row | {"times": {name: figures(t, cost, copy, matmul) for name, t in times.items()}}
-        times, launched, refused = gpu.interleave(calls, gpu.sets_of(args, cost.bytes), self.options.rounds)
+            found = {name: figures(t, cost, copy, matmul) | _peak(able[name], "cpu") for name, t in times.items()}
+            return row | {"times": found, "refused": refused}
+        times, launched, refused = gpu.interleave(binds, gpu.sets_of(args, cost.bytes), self.options.rounds)
         arithmetic = cost.flops / ceilings["TFLOP/s"] / 1e12
         floor = max(cost.bytes / ceilings["GB/s"] / 1e9, arithmetic)
+        able, _ = bound({name: binds[name] for name in times}, args)
         found = {}
         for name, t in times.items():
             matmul = [arithmetic] * len(t) if op.name in PRODUCTS and name != "copy" else None
             found[name] = figures(t, cost, times["copy"], matmul)
             found[name] |= {"us without a graph": float(f"{launched[name] * 1e6:.4g}"),
-                            "of floor": float(f"{floor * 1e6 / found[name]['us']['median']:.3g}")}  # fmt: skip
+                            "of floor": float(f"{floor * 1e6 / found[name]['us']['median']:.3g}"),
+                            **_peak(able[name], "cuda")}  # fmt: skip
         return row | {"chosen": op.choose(args).name, "ceilings": ceilings, "times": found, "refused": refused}
+
+
+def bound(binds: Mapping[str, Bind], args: tuple[Any, ...]) -> tuple[dict[str, Run], dict[str, str]]:
+    """The calls, each made once: that compiles, and fills caches. And why some cannot be made."""
+    able: dict[str, Run] = {}
+    refused: dict[str, str] = {}
+    for name, bind in binds.items():
+        try:
+            call = bind(*args)
+            call()
+        except (RuntimeError, NotImplementedError) as error:
+            if "CUDA error: an illegal" in str(error):  # nothing runs in this process any more
+                raise
+            refused[name] = str(error).strip().splitlines()[0]
+        else:
+            able[name] = call
+    return able, refused
+
+
+def _peak(call: Run, device: str) -> dict[str, float]:
+    peak = memory.peak_mb(call, device)
+    return {} if peak is None else {"peak MB": peak}
 
 
 def in_children(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
@@ -206,7 +200,8 @@ def in_process(options: argparse.Namespace) -> Iterator[tuple[Item, Any]]:
 def in_words(row: dict[str, Any]) -> str:
     """A row of a record as it is printed: a line a variant, and how much faster than it the first one is."""
     first, *_ = row["times"]
-    lines = [(f"{row['op']}, {row['sample']}, {row['dtype']}", "time (p20 to p80)", "rate", "of the ceiling", "")]
+    title = f"{row['op']}, {row['sample']}, {row['dtype']}"
+    lines = [(title, "time (p20 to p80)", "rate", "of the ceiling", "peak", "")]
     times = {name: Timing(unit="us", **found["us"]) for name, found in row["times"].items()}
     for name, found in row["times"].items():
         rate, share = f"{found['GB/s']:.3g} GB/s", f"{100 * found['of copy']:.0f} % of copy"
@@ -217,8 +212,9 @@ def in_words(row: dict[str, Any]) -> str:
             change = Change(name, times[first], times[name])
             against = f"{first} is {change.after.median / change.before.median:.3g} times as fast"
             against += ", within noise" if change.verdict == "noise" else ""
-        lines.append((f"  {name}", str(times[name]), rate, share, against))
-    return aligned(lines)
+        peak = f"{found['peak MB']:.1f} MB" if "peak MB" in found else ""
+        lines.append((f"  {name}", str(times[name]), rate, share, peak, against))
+    return "\n".join([aligned(lines), *(f"  {name}: not timed: {why}" for name, why in row["refused"].items())])
 
 
 def _flops(giga: float) -> str:
@@ -236,6 +232,9 @@ def run(options: argparse.Namespace) -> int:
             ceilings = gpu.ceilings() if bench.cuda else {}
             children.serve(lambda item: bench.time(tuple(item), ceilings))
         return 0
+    left_out = rivals.left_out(options.rivals, options.device)
+    for why in dict.fromkeys(left_out.values()):
+        print(f"not timed: {', '.join(name for name in left_out if left_out[name] == why)}: {why}")
     rows: dict[str, list[dict[str, Any]]] = {}
     refused = 0
     try:
@@ -250,5 +249,5 @@ def run(options: argparse.Namespace) -> int:
         raise KeyboardInterrupt(f"{sum(map(len, rows.values()))} calls were timed") from None
     finally:  # what was timed is kept, whatever ended the run
         for name, found in rows.items() if not options.no_record else ():
-            print(record.write(f"ops-{name}", options.device, found, options.out))
+            print(record.write(f"ops-{name}", options.device, found, options.out, left_out))
     return 1 if refused else 0

@@ -10,6 +10,7 @@ import torch
 
 from diffkern import options
 from diffkern.bench import ops, record
+from diffkern.bench.rivals import rivals
 from diffkern.op import BACKENDS, OPS
 from diffkern.schedules import one_of
 
@@ -26,9 +27,9 @@ def add(commands: Any) -> None:
     o.add_argument("--dtype", action="append", metavar="NAME",
                    help=f"{', '.join(options.DTYPES)}; may be given again (default float32 and bfloat16, "
                         "with --quick float32; on a GPU bfloat16)")  # fmt: skip
-    o.add_argument("--rivals", metavar="KINDS",
-                   help=f"{','.join(ops.RIVALS)}, or none: what one would write, torch.compile of it, which takes "
-                        "minutes, and on a GPU kernels of libraries (default all; with --quick eager)")  # fmt: skip
+    o.add_argument("--rivals", metavar="NAMES",
+                   help=f"{','.join(rivals())}, or none; what is not here is left out, and said; compile takes minutes "
+                        "(default all; with --quick eager)")  # fmt: skip
     o.add_argument("--quick", action="store_true", help="one workload an op, in fewer rounds: all of it in two minutes")
     o.add_argument("--tiny", action="store_true", help="a small sample of each op: whether all of this runs")
     o.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -74,9 +75,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _rivals(given: str | None, quick: bool) -> tuple[str, ...]:
     if given is None:
-        return ("eager",) if quick else ops.RIVALS
+        return ("eager",) if quick else tuple(rivals())
     if given == "none":
         return ()
     for name in given.split(","):
-        one_of("kind of rivals", name, (*ops.RIVALS, "none"))
+        one_of("rival", name, (*rivals(), "none"))
     return tuple(given.split(","))

@@ -1,5 +1,5 @@
-"""What one would write in PyTorch in place of an op, in the tensors' own dtype and with PyTorch's own generator: the
-rivals that a kernel has to beat, eager and compiled."""
+"""What one would write in PyTorch in place of an op, in the tensors' own dtype and with PyTorch's own generator: what a
+kernel has to beat, eager, compiled, and as other libraries convert it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 
 from diffkern.layout import per_channel, per_sample
+from diffkern.op import Op
 from diffkern.ops.sampler_step import C_IN, MAKES_INPUT, NOISE, sampler_step
 
 
@@ -102,14 +102,6 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: 
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).flatten(2)
 
 
-def _attention_by(backend: SDPBackend) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
-        with sdpa_kernel(backend):
-            return torch_attention(*args)
-
-    return run
-
-
 def autograd_group_norm_silu(x: Tensor, grad: Tensor, groups: int, *rest: Any) -> Callable[[], Any]:
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *rest[:2], *rest[4:])]
     first, weight, bias, *more = leaves
@@ -151,11 +143,41 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "attention": torch_attention,
 }
 
-# Each of the kernels that a library has, where torch chooses one itself.
-LIBRARY: dict[str, dict[str, Callable[..., Any]]] = {
-    "attention": {
-        "cuDNN": _attention_by(SDPBackend.CUDNN_ATTENTION),
-        "FlashAttention-2": _attention_by(SDPBackend.FLASH_ATTENTION),
-        "memory-efficient": _attention_by(SDPBackend.EFFICIENT_ATTENTION),
-    }
-}
+
+PRODUCTS = ("linear", "query_key_value", "conv2d", "attention")
+"""The ops whose floor is arithmetic."""
+
+
+class OneOp(nn.Module):
+    """A network of one op, as it is written here, or else its reference: the weights and biases among the arguments are
+    its own, the other tensors are its inputs, and the rest is in its code."""
+
+    def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.function = PLAIN.get(op.name, op.reference)
+        self.args: list[Any] = [None if isinstance(a, Tensor) else a for a in args]
+        self.own: dict[int, str] = {}
+        self.given: dict[int, Tensor] = {}
+        for (name, i), a in zip(op.positions.items(), args, strict=True):
+            if isinstance(a, Tensor) and name.endswith(("weight", "bias")):
+                self.register_buffer(name, a)
+                self.own[i] = name
+            elif isinstance(a, Tensor):
+                self.given[i] = a
+
+    def forward(self, *inputs: Tensor) -> Any:
+        args = list(self.args)
+        for i, name in self.own.items():
+            args[i] = getattr(self, name)
+        for i, t in zip(self.given, inputs, strict=True):
+            args[i] = t
+        return self.function(*args)
+
+
+def module_of(op: Op, args: tuple[Any, ...]) -> tuple[OneOp, tuple[Tensor, ...]] | None:
+    """A call of an op as a network and its inputs, for libraries that convert networks. None for what they cannot have:
+    a gradient, or noise, of which nobody could say whether it is right."""
+    if op.name in AUTOGRAD or ("keys" in op.positions and args[op.positions["keys"]] is not None):
+        return None
+    module = OneOp(op, args)
+    return module, tuple(module.given.values())

@@ -108,10 +108,12 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(name: str, device: str, results: Any, folder: Path = RESULTS) -> Path:
-    """Write <folder>/<machine>/<name>.json. Returns its path."""
+def write(
+    name: str, device: str, results: Any, folder: Path = RESULTS, left_out: Mapping[str, str] | None = None
+) -> Path:
+    """Write <folder>/<machine>/<name>.json. left_out: the rivals that were not here, and why. Returns its path."""
     path = folder / folder_name(device) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine(), "results": results}, indent=1) + "\n"
+    text = json.dumps({"machine": machine(), "left out": left_out or {}, "results": results}, indent=1) + "\n"
     files.replace(path, text.encode())
     return path

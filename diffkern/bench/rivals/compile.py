@@ -1,0 +1,31 @@
+"""torch.compile of what one would write, on a CPU of the reference as well.
+
+On a GPU with max-autotune, as fast as it gets outside a graph of its own, but for ops that multiply: products there are
+a library's either way. On a CPU by default: of one op max-autotune would tune products with constant weights, and the
+weights of an op are arguments."""
+
+from __future__ import annotations
+
+import torch
+
+from diffkern.bench.plain import AUTOGRAD, PLAIN, PRODUCTS
+from diffkern.bench.rivals import Args, Bind, Rival, later
+from diffkern.op import Op
+
+
+def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
+    torch.compiler.reset()  # of the last op, whose guards would be asked first
+    plain = PLAIN.get(op.name)
+    functions = {"reference": op.reference, "torch": plain}
+    if device == "cuda":
+        composed = next((b.run for b in op.backends if b.name == "torch"), op.reference)
+        functions = {} if op.name in AUTOGRAD else {"torch": plain or composed}
+    mode = "max-autotune-no-cudagraphs" if device == "cuda" and op.name not in PRODUCTS else "default"
+    return {
+        f"{name}, compiled": later(torch.compile(function, fullgraph=True, mode=mode))
+        for name, function in functions.items()
+        if function is not None
+    }
+
+
+RIVAL = Rival(ops=_ops)

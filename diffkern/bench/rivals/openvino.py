@@ -1,0 +1,58 @@
+"""OpenVINO (2024.4 and later) on a CPU: what one would write, converted with its weights inside, as of a network, and
+computed in the dtype of the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffkern.bench.plain import module_of
+from diffkern.bench.rivals import Args, Bind, Rival, Run, installed
+from diffkern.op import Op
+
+PRECISION = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def _convert(op: Op) -> Bind:
+    def bind(*args: Any) -> Run:
+        import openvino
+
+        def given(t: Tensor) -> Any:  # a view, also of bfloat16, which numpy lacks
+            if t.dtype != torch.bfloat16:
+                return openvino.Tensor(t.numpy(), shared_memory=True)
+            return openvino.Tensor(t.view(torch.int16).numpy(), t.shape, openvino.Type.bf16)
+
+        def torch_of(found: Any) -> Tensor:
+            if found.element_type != openvino.Type.bf16:
+                return torch.from_numpy(found.data)
+            return torch.from_numpy(found.data.view("int16")).view(torch.bfloat16)
+
+        module, inputs = module_of(op, args)
+        model = openvino.convert_model(torch.export.export(module, inputs))
+        model.reshape({i: openvino.PartialShape(list(t.shape)) for i, t in enumerate(inputs)})
+        settings = {
+            "INFERENCE_PRECISION_HINT": PRECISION[next(a.dtype for a in args if isinstance(a, Tensor))],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        request = openvino.compile_model(model, "CPU", settings).create_infer_request()
+        held = [t.contiguous() for t in inputs]  # OpenVINO does not keep what it looks at
+        for i, t in enumerate(held):
+            request.set_input_tensor(i, given(t))
+
+        def run() -> tuple[Tensor, ...]:
+            assert held
+            request.infer()
+            return tuple(map(torch_of, request.output_tensors))
+
+        return run
+
+    return bind
+
+
+def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
+    return {"OpenVINO": _convert(op)} if module_of(op, args) is not None else {}
+
+
+RIVAL = Rival(installed("openvino", "cpu"), _ops)
