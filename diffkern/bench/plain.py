@@ -148,22 +148,30 @@ PRODUCTS = ("linear", "query_key_value", "conv2d", "attention")
 """The ops whose floor is arithmetic."""
 
 
+def composed(op: Op) -> Callable[..., Any]:
+    """What one would write: from here, or else what the op has of PyTorch's own calls, or else its reference."""
+    own = next((b.run for b in op.backends if b.name == "torch"), op.reference)
+    return PLAIN.get(op.name, own)
+
+
 class OneOp(nn.Module):
-    """A network of one op, as it is written here, or else its reference: the weights and biases among the arguments are
+    """A network of one op, as one would write it: the weights and biases among the arguments are
     its own, the other tensors are its inputs, and the rest is in its code."""
 
     def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
         super().__init__()
-        self.function = PLAIN.get(op.name, op.reference)
+        self.function = composed(op)
         self.args: list[Any] = [None if isinstance(a, Tensor) else a for a in args]
         self.own: dict[int, str] = {}
-        self.given: dict[int, Tensor] = {}
+        self.given: list[int] = []
+        self.inputs: tuple[Tensor, ...] = ()
         for (name, i), a in zip(op.positions.items(), args, strict=True):
             if isinstance(a, Tensor) and name.endswith(("weight", "bias")):
-                self.register_buffer(name, a)
+                self.register_buffer(name, a.contiguous())  # of bfloat16, OpenVINO reads no strides
                 self.own[i] = name
             elif isinstance(a, Tensor):
-                self.given[i] = a
+                self.given.append(i)
+                self.inputs += (a.contiguous(),)
 
     def forward(self, *inputs: Tensor) -> Any:
         args = list(self.args)
@@ -174,10 +182,7 @@ class OneOp(nn.Module):
         return self.function(*args)
 
 
-def module_of(op: Op, args: tuple[Any, ...]) -> tuple[OneOp, tuple[Tensor, ...]] | None:
-    """A call of an op as a network and its inputs, for libraries that convert networks. None for what they cannot have:
-    a gradient, or noise, of which nobody could say whether it is right."""
-    if op.name in AUTOGRAD or ("keys" in op.positions and args[op.positions["keys"]] is not None):
-        return None
-    module = OneOp(op, args)
-    return module, tuple(module.given.values())
+def convertible(op: Op, args: tuple[Any, ...]) -> bool:
+    """Whether libraries that convert networks can have a call: no gradient, and no noise, of which nobody could say
+    whether it is right."""
+    return op.name not in AUTOGRAD and ("keys" not in op.positions or args[op.positions["keys"]] is None)

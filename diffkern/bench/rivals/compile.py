@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import torch
 
-from diffkern.bench.plain import AUTOGRAD, PLAIN, PRODUCTS
+from diffkern.bench.plain import AUTOGRAD, PLAIN, PRODUCTS, composed
 from diffkern.bench.rivals import Args, Bind, Rival, later
 from diffkern.op import Op
 
 
 def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
     torch.compiler.reset()  # of the last op, whose guards would be asked first
-    plain = PLAIN.get(op.name)
-    functions = {"reference": op.reference, "torch": plain}
+    functions = {"reference": op.reference, "torch": PLAIN.get(op.name)}
     if device == "cuda":
-        composed = next((b.run for b in op.backends if b.name == "torch"), op.reference)
-        functions = {} if op.name in AUTOGRAD else {"torch": plain or composed}
+        functions = {} if op.name in AUTOGRAD else {"torch": composed(op)}
     mode = "max-autotune-no-cudagraphs" if device == "cuda" and op.name not in PRODUCTS else "default"
     return {
         f"{name}, compiled": later(torch.compile(function, fullgraph=True, mode=mode))

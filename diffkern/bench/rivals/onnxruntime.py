@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffkern.bench.plain import module_of
+from diffkern.bench.plain import OneOp, convertible
 from diffkern.bench.rivals import Args, Bind, Rival, Run, installed
 from diffkern.op import Op
 
@@ -17,23 +17,23 @@ def _convert(op: Op) -> Bind:
     def bind(*args: Any) -> Run:
         import onnxruntime
 
-        module, inputs = module_of(op, args)
-        if any(t.dtype == torch.bfloat16 for t in inputs):
+        module = OneOp(op, args)
+        if any(t.dtype == torch.bfloat16 for t in module.inputs):
             raise NotImplementedError("has no bfloat16 on a CPU")
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "op.onnx"
-            torch.onnx.export(module, inputs, file, dynamo=True, verbose=False)
+            torch.onnx.export(module, module.inputs, file, dynamo=True, verbose=False)
             settings = onnxruntime.SessionOptions()
             settings.intra_op_num_threads = torch.get_num_threads()
             session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-        feed = {i.name: t.contiguous().numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)}
+        feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), module.inputs, strict=True)}
         return lambda: tuple(map(torch.from_numpy, session.run(None, feed)))
 
     return bind
 
 
 def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
-    return {"ONNX Runtime": _convert(op)} if module_of(op, args) is not None else {}
+    return {"ONNX Runtime": _convert(op)} if convertible(op, args) else {}
 
 
 def _why_not(device: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.bench.plain import module_of
+from diffkern.bench.plain import OneOp, convertible
 from diffkern.bench.rivals import Args, Bind, Rival, Run, installed
 from diffkern.op import Op
 
@@ -29,30 +29,30 @@ def _convert(op: Op) -> Bind:
                 return torch.from_numpy(found.data)
             return torch.from_numpy(found.data.view("int16")).view(torch.bfloat16)
 
-        module, inputs = module_of(op, args)
-        model = openvino.convert_model(torch.export.export(module, inputs))
-        model.reshape({i: openvino.PartialShape(list(t.shape)) for i, t in enumerate(inputs)})
+        module = OneOp(op, args)
+        program = torch.export.export(module, module.inputs)
+        model = openvino.convert_model(program)
+        model.reshape({i: openvino.PartialShape(list(t.shape)) for i, t in enumerate(module.inputs)})
         settings = {
             "INFERENCE_PRECISION_HINT": PRECISION[next(a.dtype for a in args if isinstance(a, Tensor))],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         request = openvino.compile_model(model, "CPU", settings).create_infer_request()
-        held = [t.contiguous() for t in inputs]  # OpenVINO does not keep what it looks at
-        for i, t in enumerate(held):
+        for i, t in enumerate(module.inputs):
             request.set_input_tensor(i, given(t))
 
         def run() -> tuple[Tensor, ...]:
-            assert held
             request.infer()
             return tuple(map(torch_of, request.output_tensors))
 
+        run.held = program, module  # type: ignore[attr-defined]  # OpenVINO reads their memory, and does not keep it
         return run
 
     return bind
 
 
 def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
-    return {"OpenVINO": _convert(op)} if module_of(op, args) is not None else {}
+    return {"OpenVINO": _convert(op)} if convertible(op, args) else {}
 
 
 RIVAL = Rival(installed("openvino", "cpu"), _ops)
