@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+CEILINGS = ("matmul", "copy")
+"""Variants of an op that say what the machine can do, and nothing of the op: that which is nearer comes first."""
 Rows = Iterator[tuple[tuple[str, ...], dict[str, float]]]  # of a record: what was timed, and its spread
 
 
@@ -33,11 +35,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that both records timed."""
+    """One thing that both records timed. moved: how many times as long its ceiling takes after as before, by the
+    medians: what the machine itself did, where the records say so."""
 
     name: str
     before: Timing
     after: Timing
+    moved: float = 1.0
 
     @property
     def percent(self) -> float:
@@ -46,14 +50,23 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "slower" or "faster" where the intervals from p20 to p80 have no point in common, else "noise"."""
-        if self.after.p20 > self.before.p80:
-            return "slower"
-        return "faster" if self.after.p80 < self.before.p20 else "noise"
+        """ "slower" or "faster" where the intervals from p20 to p80 have no point in common, as measured and also on a
+        machine that had not moved, else "noise"."""
+        for word, beyond in (("slower", self._slower), ("faster", self._faster)):
+            if beyond(1.0) and beyond(self.moved):
+                return word
+        return "noise"
+
+    def _slower(self, moved: float) -> bool:
+        return self.after.p20 / moved > self.before.p80
+
+    def _faster(self, moved: float) -> bool:
+        return self.after.p80 / moved < self.before.p20
 
     def regresses(self, percent: float) -> bool:
-        """Whether it is slower beyond noise, and by more than so many percent."""
-        return self.verdict == "slower" and self.percent > percent
+        """Whether it is slower beyond noise, and by more than so many percent, the machine's own left out."""
+        own = self.after.median / max(1.0, self.moved) / self.before.median - 1
+        return self.verdict == "slower" and 100 * own > percent
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Record:
     machine: dict[str, Any]
     what: str  # the sizes behind the names, where the record says them
     timings: dict[str, Timing]
+    ceilings: dict[str, dict[str, Timing]]  # of a timing, by its name: what else was timed beside it
 
 
 @dataclass
@@ -75,13 +89,24 @@ class Comparison:
     only_after: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)  # of the machines and what runs on them
     left_out: list[str] = field(default_factory=list)  # files that are no timings
+    moved: dict[str, list[float]] = field(default_factory=dict)  # how many times as long each kind of ceiling takes
 
     def add(self, before: Record, after: Record) -> None:
         a, b = before.timings, after.timings
-        self.changes += [Change(name, a[name], b[name]) for name in a if name in b]
+        for name in a:
+            if name in b:
+                moved = _moved(before.ceilings.get(name, {}), after.ceilings.get(name, {}))
+                self.changes.append(Change(name, a[name], b[name], next(iter(moved.values()), 1.0)))
+                for ceiling, times in moved.items():
+                    self.moved.setdefault(ceiling, []).append(times)
         self.only_before += [name for name in a if name not in b]
         self.only_after += [name for name in b if name not in a]
         self.differences += [d for d in _differences(before, after) if d not in self.differences]
+
+
+def _moved(before: dict[str, Timing], after: dict[str, Timing]) -> dict[str, float]:
+    """How many times as long the ceilings take that both have; the one first that is nearer to what was timed."""
+    return {name: after[name].median / before[name].median for name in CEILINGS if name in before and name in after}
 
 
 def _ops(results: Any) -> Rows:
@@ -138,18 +163,27 @@ def load(path: Path) -> Record | None:
         return None
     _, unit, rows = KINDS[kind]
     timings: dict[str, Timing] = {}
+    ceilings: dict[tuple[str, ...], dict[str, Timing]] = {}
+    beside: dict[str, dict[str, Timing]] = {}
+    names: set[str] = set()
     try:
         for words, spread in rows(results):
-            name = ", ".join(words)
-            if name in timings:
+            name, (*row, variant) = ", ".join(words), words
+            if name in names:
                 raise ValueError(f"{name} is in it twice")
-            timings[name] = Timing(spread["median"], spread["p20"], spread["p80"], unit)
+            names.add(name)
+            timing = Timing(spread["median"], spread["p20"], spread["p80"], unit)
+            if kind == "ops" and variant in CEILINGS:
+                ceilings.setdefault(tuple(row), {})[variant] = timing
+            else:
+                timings[name] = timing
+                beside[name] = ceilings.setdefault(tuple(row), {})
     except KeyError as e:
         raise ValueError(f"{path} is not a record of {kind}: it lacks {e}") from None
     except (TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path} is not a record of {kind}: {e}") from None
     what = results.get("what", "") if isinstance(results, dict) else ""
-    return Record(kind, found["machine"], what, timings)
+    return Record(kind, found["machine"], what, timings, beside)
 
 
 def _is_record(found: Any) -> bool:
