@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch, capsys):
 
 
 def test_quick_is_one_workload_in_one_dtype():
-    options = Namespace(op=sorted(OPS), dtype=["float32"], device="cpu", tiny=False, quick=True)
+    options = Namespace(op=sorted(OPS), dtype=["float32"], device="cpu", tiny=False, quick=True, shapes=None)
     chosen = [(op.name, sample.workload) for op, _, sample in ops.work(options)]
     assert chosen == [(name, True) for name in sorted(OPS)]
 

@@ -25,6 +25,7 @@ from diffkern.bench import children, gpu, memory, record, rivals
 from diffkern.bench.compare import Change, Timing
 from diffkern.bench.plain import PRODUCTS
 from diffkern.bench.rivals import Bind, Run, later
+from diffkern.bench.shapes import workloads
 from diffkern.columns import aligned
 from diffkern.op import OPS, Backend, Cost, Op, Sample
 from diffkern.testing import check
@@ -80,12 +81,12 @@ def work(options: argparse.Namespace) -> Iterator[tuple[Op, str, Sample]]:
     found: list[tuple[tuple[bool, int], tuple[Op, str, Sample]]] = []
     for name in options.op:
         for dtype in options.dtype:
-            samples = [
-                sample
-                for sample in OPS[name].make_samples(options.device, getattr(torch, dtype))
-                if (not sample.workload if options.tiny else sample.workload in (True, options.device))
-            ][: 1 if options.tiny or options.quick else None]
-            order = sorted(samples, key=lambda sample: sample.workload != "cuda")
+            kind = options.device, getattr(torch, dtype)
+            if options.tiny:
+                samples = [next(s for s in OPS[name].make_samples(*kind) if not s.workload)]
+            else:
+                samples = list(workloads(OPS[name], options.shapes, *kind))
+            order = sorted(samples[: 1 if options.quick else None], key=lambda sample: sample.workload != "cuda")
             found += [((s.workload != "cuda", i), (OPS[name], dtype, s)) for i, s in enumerate(order)]
     if options.device == "cuda":
         found.sort(key=lambda entry: entry[0])

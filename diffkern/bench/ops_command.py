@@ -11,6 +11,7 @@ import torch
 from diffkern import options
 from diffkern.bench import ops, record
 from diffkern.bench.rivals import rivals
+from diffkern.bench.shapes import MODELS, listed, ops_of
 from diffkern.op import BACKENDS, OPS
 from diffkern.schedules import one_of
 
@@ -30,6 +31,10 @@ def add(commands: Any) -> None:
     o.add_argument("--rivals", metavar="NAMES",
                    help=f"{','.join(rivals())}, or none; what is not here is left out, and said; compile takes minutes "
                         "(default all; with --quick eager)")  # fmt: skip
+    o.add_argument("--shapes", metavar="MODEL|FILE",
+                   help=f"workloads of one of {', '.join(MODELS)}, or calls in a JSON file: "
+                        '{"rms_norm": [{"x": [8, 256, 1152], "weight": [1152]}]} (default all models)')  # fmt: skip
+    o.add_argument("--list", action="store_true", help="print the ops, their workloads and models, and time nothing")
     o.add_argument("--quick", action="store_true", help="one workload an op, in fewer rounds: all of it in two minutes")
     o.add_argument("--tiny", action="store_true", help="a small sample of each op: whether all of this runs")
     o.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -49,8 +54,16 @@ def _run(args: argparse.Namespace) -> int:
     can do at best: a copy of as many bytes, a product of as many operations. A kernel that is wrong is refused. Ctrl-C
     keeps what is done. Exit code 1: something was not timed."""
     device = options.device_of(args.device)
+    if args.list:
+        print(listed(device.type))
+        return 0
+    if args.tiny and args.shapes is not None:
+        raise ValueError("give --tiny or --shapes, not both")
+    have = ops_of(args.shapes)
     for name in args.op or ():
         one_of("op", name, OPS)
+        if name not in have:
+            raise ValueError(f"{args.shapes} has no {name}: it has {', '.join(have)}")
     for name in args.backend or ():
         one_of("backend", name, KERNELS)
     for name in args.dtype or ():
@@ -62,9 +75,11 @@ def _run(args: argparse.Namespace) -> int:
     options.at_least(1, rounds=args.rounds, threads=args.threads)
     options.at_least(0, processes=args.processes)
     defaults = ["bfloat16"] if cuda else ["float32", "bfloat16"]
-    args.op, args.backend = args.op or sorted(OPS), args.backend or []
+    args.op, args.backend = args.op or have, args.backend or []
     args.dtype = args.dtype or (defaults[:1] if args.quick else defaults)
     args.device = device.type
+    if not args.tiny and not any(ops.work(args)):
+        raise ValueError(f"{' and '.join(args.op)} have no workload of {args.shapes} on {args.device}: see --list")
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(args.threads)

@@ -97,6 +97,11 @@ def _command(argv: list[str]) -> str:
         at = arguments.index(option) if option in arguments else len(arguments)
         arguments = arguments[:at] + arguments[at + 2 :]
         arguments = [a for a in arguments if not a.startswith(f"{option}=")]
+    for i, argument in enumerate(arguments):  # of a file its name, and a model's name stays what it is
+        if argument.startswith("--shapes="):
+            arguments[i] = f"--shapes={Path(argument.removeprefix('--shapes=')).name}"
+        elif i and arguments[i - 1] == "--shapes":
+            arguments[i] = Path(argument).name
     installed = Path(program).name in ("diffkern", "diffkern.exe", "cli.py")
     return " ".join([*(["diffkern"] if installed else ["python", program]), *arguments])
 

@@ -187,8 +187,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         ("DiT-XL/2 16x16, 8 pictures", 8, 256, 256, 16, 72),
         ("DiT-XL/2 32x32, 8 pictures", 8, 1024, 1024, 16, 72),
         ("FLUX.1 1024x1024", 1, 4608, 4608, 24, 128),
-        ("160 a head, 4096 tokens", 2, 4096, 4096, 8, 160),
-        ("64 a head, 16384 tokens", 1, 16384, 16384, 2, 64),
+        ("SD 1.5 2048x2048, 160 a head", 2, 4096, 4096, 8, 160),
+        ("SDXL 128x128, 2 heads", 1, 16384, 16384, 2, 64),
         ("CIFAR UNet 16x16, 64 pictures", 64, 256, 256, 1, 256),
         ("SDXL VAE 128x128", 1, 16384, 16384, 1, 512),
     ):

@@ -293,6 +293,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("CIFAR UNet up 8x8", (8, 256, 8, 8), 256, upsample=True, workload=True)
     yield sample("CIFAR UNet shortcut 8x8", (8, 512, 8, 8), 256, 1, workload=True)
     yield sample("SD 1.5 VAE up 64x64", (1, 512, 64, 64), 512, upsample=True, workload=True)
+    yield sample("emoji UNet 16x16", (36, 64, 16, 16), 64, extras="bias residual", workload=True)
     for name, shape, n, extras in (
         ("SD 1.5 UNet 64x64", (2, 320, 64, 64), 320, "bias add"),
         ("SD 1.5 UNet 32x32", (2, 640, 32, 32), 640, "bias residual"),

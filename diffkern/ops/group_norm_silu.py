@@ -186,6 +186,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(f"SD 1.5 UNet 64x64, {layout}", (2, 320, 64, 64), 32, layout, workload=True)
         yield sample(f"SD 1.5 UNet 64x64, skip, {layout}", (2, 320, 64, 64), 32, layout, skip=320, workload=True)
         yield sample(f"SD 1.5 VAE 256x256, {layout}", (1, 256, 256, 256), 32, layout, workload=True)
+    yield sample("emoji UNet 16x16, channels_last", (36, 64, 16, 16), 16, "channels_last", workload=True)
     for name, shape, skip in (
         ("SD 1.5 UNet 32x32", (2, 640, 32, 32), 0),
         ("SD 1.5 UNet 8x8", (2, 1280, 8, 8), 0),

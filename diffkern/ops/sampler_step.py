@@ -158,6 +158,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield sample(f"all but result {flag}", (3, 3, 5, 5), narrow=True, results=15 - flag)
     yield sample("SD 1.5, DDIM", (8, 4, 64, 64), noisy=False, base=False, history=(), workload=True)
     yield sample("SDXL, DPM-Solver++ 2M SDE", (8, 4, 128, 128), base=False, history=(0,), workload=True)
+    yield sample("emoji, DPM-Solver++ 2M", (36, 3, 32, 32), noisy=False, base=False, history=(0,), workload=True)
     for name, noisy, past in (("DDIM", False, ()), ("DPM-Solver++ 2M SDE", True, (0,))):
         yield for_gpu(sample(f"SDXL, 128 samples, {name}", (128, 4, 128, 128), noisy=noisy, base=False, history=past))
 
