@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -69,12 +71,22 @@ def machine() -> dict[str, Any]:
     facts = doctor.report()
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "versions": facts["versions"],
+        "versions": facts["versions"] | _versions_of_rivals(),
         "devices": facts["devices"],
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "command": _command(sys.argv),
     }
+
+
+def _versions_of_rivals() -> dict[str, str]:
+    from diffkern.bench.rivals import FIRST, rivals  # not before: what they need of this package is not there yet
+
+    found = {}
+    for name in rivals():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found |= {} if name in FIRST else {name: importlib.metadata.version(name)}
+    return found
 
 
 def _commit() -> str | None:

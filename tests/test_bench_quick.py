@@ -1,0 +1,64 @@
+"""Benchmarks as a user starts them, in a process of their own. What a record must have is judged, and no number is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffkern.bench import memory
+from diffkern.op import OPS
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, folder: Path = ROOT) -> str:
+    """What it printed."""
+    quiet = {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *command], cwd=folder, env={**os.environ, **quiet}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_op_is_timed_quickly(tmp_path):
+    command = ("diffkern.cli", "bench", "ops", "--quick", "--rounds", "2", "--device", "cpu", "--out", "here")
+    out = run(*command, folder=tmp_path)
+    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("here/*/*.json")}
+    assert set(records) == {f"ops-{name}" for name in OPS}
+    for name, op in OPS.items():
+        found = records[f"ops-{name}"]
+        assert {"date", "versions", "devices", "threads", "commit", "command"} <= set(found["machine"])
+        assert found["machine"]["command"].endswith("bench ops --quick --rounds 2 --device cpu")
+        assert found["left out"] == {}
+        (row,) = found["results"]
+        workloads = [s.name for s in op.make_samples("cpu", torch.float32) if s.workload]
+        assert (row["op"], row["sample"], row["refused"]) == (name, workloads[0], {})
+        assert {"reference", "copy"} <= set(row["times"])
+        assert f"{name}, {row['sample']}, {row['dtype']}" in out
+        for figures in row["times"].values():
+            assert {"us", "GB/s", "of copy"} <= set(figures)
+            assert 0 < figures["us"]["p20"] <= figures["us"]["median"] <= figures["us"]["p80"]
+            assert ("peak MB" in figures) == (memory.peak_mb(lambda: None, "cpu") is not None)
+
+
+def test_pytest_benchmark_finds_every_op(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    command = ("pytest", "benchmarks", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "--benchmark-only")
+    listed = run(*command, "--collect-only", "-k", "reference and float32")
+    assert all(f"test_op[{name}-reference-float32-" in listed for name in OPS)
+    out = tmp_path / "out.json"
+    few = ("--benchmark-max-time", "0.01", "--benchmark-min-rounds", "1", "--benchmark-json", str(out))
+    run(*command, *few, "-k", "timestep_embedding and reference and float32")
+    (found,) = json.loads(out.read_text(encoding="utf-8"))["benchmarks"]
+    assert found["name"] == "test_op[timestep_embedding-reference-float32-DiT]"
+    info = found["extra_info"]
+    assert (info["model"], info["bytes"]) == ("dit", 4 * 128 * 256)
+    assert info["GB/s"] == pytest.approx(info["bytes"] / found["stats"]["median"] / 1e9)
+    assert {"versions", "devices", "threads", "commit"} <= set(info)
