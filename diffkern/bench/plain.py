@@ -172,6 +172,7 @@ class OneOp(nn.Module):
             elif isinstance(a, Tensor):
                 self.given.append(i)
                 self.inputs += (a.contiguous(),)
+        self.eval()
 
     def forward(self, *inputs: Tensor) -> Any:
         args = list(self.args)

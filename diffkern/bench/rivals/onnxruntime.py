@@ -17,7 +17,7 @@ def _convert(op: Op) -> Bind:
     def bind(*args: Any) -> Run:
         import onnxruntime
 
-        module = OneOp(op, args).eval()
+        module = OneOp(op, args)
         if any(t.dtype == torch.bfloat16 for t in module.inputs):
             raise NotImplementedError("has no bfloat16 on a CPU")
         with tempfile.TemporaryDirectory() as folder:

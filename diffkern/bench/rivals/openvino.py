@@ -29,7 +29,7 @@ def _convert(op: Op) -> Bind:
                 return torch.from_numpy(found.data)
             return torch.from_numpy(found.data.view("int16")).view(torch.bfloat16)
 
-        module = OneOp(op, args).eval()
+        module = OneOp(op, args)
         program = torch.export.export(module, module.inputs)
         model = openvino.convert_model(program)
         model.reshape({i: openvino.PartialShape(list(t.shape)) for i, t in enumerate(module.inputs)})
