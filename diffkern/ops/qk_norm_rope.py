@@ -108,9 +108,9 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("odd width", (2, 5, 3, 7), 3, norm=True, rope=False)
     yield sample("neither", (1, 2, 3, 8), 3, norm=False, rope=False)
     yield sample("no sample", (0, 2, 3, 8), 3, norm=True, rope=True)
+    yield sample("Stable Audio Open", (2, 1025, 24, 64), 12, norm=False, rope=True, interleaved=False, workload=True)
     yield sample("FLUX.1 1024x1024", (1, 4608, 24, 128), 24, norm=True, rope=True, workload=True)
     yield sample("SD 3.5 medium 1024x1024", (2, 4250, 24, 64), 24, norm=True, rope=False, workload=True)
-    yield sample("Stable Audio Open", (2, 1025, 24, 64), 12, norm=False, rope=True, interleaved=False, workload=True)
     yield sample("strided", (2, 5, 3, 24), 2, norm=True, rope=True, layout="strided")
 
 
