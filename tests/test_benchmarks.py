@@ -4,6 +4,7 @@ stand-ins that run what they are given at once."""
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffkern.bench import children, gpu
+from diffkern.bench import children, gpu, ops
+from diffkern.bench.rivals import Rival, rivals
 
 CHILD = """
 import os, sys, time
@@ -117,3 +119,25 @@ def test_calls_are_timed_in_turn(cuda):
     assert 0 < launched["add"] < 1
     # the stand-in's replay takes a millisecond, however many calls it is of
     assert seconds["add"][0] == pytest.approx(1e-3 / gpu.Replay(binds["add"], sets).calls, rel=2)
+
+
+def test_a_row_of_a_gpu_says_all_that_was_measured(cuda, monkeypatch):
+    held = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(held))
+    options = Namespace(op=["rms_norm"], dtype=["float32"], device="cpu", tiny=True, quick=False, shapes=None,
+                        rivals=("eager", "other"), backend=[], rounds=2, child=None)  # fmt: skip
+    wrong = Rival(ops=lambda op, args, device: {"other": lambda *args: lambda: args[0]})
+    monkeypatch.setitem(rivals(), "other", wrong)
+    bench = ops.Bench(options)
+    bench.cuda = True
+    row = bench.time(next(iter(bench.items)), {"GB/s": 1000.0, "TFLOP/s": 100.0})
+    assert {"reference", "torch", "copy"} <= set(row["times"])
+    assert list(row["refused"]) == ["other"]
+    assert row["refused"]["other"].startswith("its result is wrong by ")
+    for found in row["times"].values():
+        assert {"us", "GB/s", "of copy", "us without a graph", "of floor", "peak MB"} == set(found)
+        assert found["peak MB"] == 1.0
+        floor = row["bytes"] / 1e12 * 1e6
+        assert found["of floor"] == pytest.approx(floor / found["us"]["median"], rel=0.01)
