@@ -1,8 +1,8 @@
 """Every op on its workloads: each backend against what else there is, after a check that it is right.
 
 Rivals, timed in turn so that all of them see the same machine: every backend that can run, the reference, what a user
-would write today with torch's own generator ("torch"; of a gradient, autograd's way back), torch.compile of both, on a
-GPU also each kernel that a library has, a clone of as many bytes ("copy"; on a GPU their negation) and, for an op that
+would write today with torch's own generator ("torch"; of a gradient, autograd's way back), torch.compile of both, and
+what libraries have (see `rivals`); a clone of as many bytes ("copy"; on a GPU their negation) and, for an op that
 multiplies, a matmul with a packed weight of as many operations ("matmul"; on a GPU a large one that is measured once).
 
 With --processes, so many of them first check and compile all that follows, in parallel; then one times it.

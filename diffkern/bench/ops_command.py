@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
                    help=f"workloads of one of {', '.join(MODELS)}, or calls in a JSON file: "
                         '{"rms_norm": [{"x": [8, 256, 1152], "weight": [1152]}]} (default all models)')  # fmt: skip
     o.add_argument("--list", action="store_true", help="print the ops, their workloads and models, and time nothing")
-    o.add_argument("--quick", action="store_true", help="one workload an op, in fewer rounds: all of it in two minutes")
+    o.add_argument("--quick", action="store_true", help="one workload an op, in fewer rounds: all of it in a minute")
     o.add_argument("--tiny", action="store_true", help="a small sample of each op: whether all of this runs")
     o.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     o.add_argument("--threads", type=int, help="of the CPU (default torch's)")
