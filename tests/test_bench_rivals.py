@@ -126,7 +126,7 @@ class GroupNorm(torch.nn.GroupNorm):
 def test_apex_is_called_right(fake):
     fake("apex.contrib.group_norm", GroupNorm=GroupNorm)
     sample = "emoji UNet 16x16, channels_last"
-    few = {"x": torch.randn(2, 64, 4, 4).contiguous(memory_format=torch.channels_last)}
+    few: dict[str, Any] = {"x": torch.randn(2, 64, 4, 4).contiguous(memory_format=torch.channels_last)}
     for silu in (True, False):
         assert runs("apex", "group_norm_silu", args_of("group_norm_silu", sample, silu=silu, **few))
     with pytest.raises(RuntimeError, match="has no kernel for 8 groups of 64 channels"):

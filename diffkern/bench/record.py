@@ -82,7 +82,7 @@ def machine() -> dict[str, Any]:
 def _versions_of_rivals() -> dict[str, str]:
     from diffkern.bench.rivals import FIRST, rivals  # not before: what they need of this package is not there yet
 
-    found = {}
+    found: dict[str, str] = {}
     for name in rivals():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found |= {} if name in FIRST else {name: importlib.metadata.version(name)}
