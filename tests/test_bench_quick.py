@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str, folder: Path = ROOT) -> str:
     """What it printed."""
-    quiet = {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(sys.path)}
+    quiet = {"OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-P", "-m", *command], cwd=folder, env={**os.environ, **quiet}, capture_output=True, text=True
     )
