@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern import files
+from diffkern import files, plots
 from diffkern.likelihood.record import Entry, Record
 from diffkern.likelihood.vlb import shares
 from diffkern.schedules import Schedule
@@ -28,13 +27,13 @@ def check(path: Path, methods: Collection[str]) -> None:
         raise ValueError(f"cannot draw {path}: give a name that ends in {', '.join(SUFFIXES)}")
     if not set(CURVES) & set(methods):
         raise ValueError(f"--plot draws the terms of {' and '.join(CURVES)}: ask for one of them too")
-    _figure()
+    plots.check()
     files.check_writable(path)
 
 
 def draw(record: Record, schedule: Schedule, path: Path) -> None:
     """Write the plot of a run, whole or not at all. schedule: of the model."""
-    figure = _figure()(figsize=(11, 5), layout="constrained")
+    figure = plots.figure(11, 5)
     terms, totals = figure.subplots(1, 2, width_ratios=(2.2, 1))
     names, methods = list(record.data), [m for m in MARKS if m in {e.method for e in record.scored}]
     lowest, priors = [], []
@@ -52,23 +51,13 @@ def draw(record: Record, schedule: Schedule, path: Path) -> None:
     terms.set(xlabel="timestep t", ylabel="bits/dim of a timestep", yscale="log", title="Where the bits come from")
     terms.set_ylim(bottom=min(lowest) / 3)
     _legend(terms, record, max(priors))
-    terms.grid(alpha=0.3)
+    plots.grid(terms)
     totals.set(ylabel="bits/dim", title="What they add up to")
     totals.set_ylim(0, 1.15 * max(e.likelihood.average()[0] for e in record.scored if e.likelihood is not None))
     totals.set_xticks(range(len(methods)), methods)
     totals.set_xlim(-0.6, len(methods) - 0.4)
-    totals.grid(alpha=0.3, axis="y")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
-    files.replace(path, buffer.getvalue())
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, nothing global
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'diffkern[plot]'") from None
-    return Figure
+    plots.grid(totals, axis="y")
+    files.replace(path, plots.rendered(figure, path.suffix[1:].lower()))
 
 
 def _bits(entry: Entry) -> dict[str, Tensor]:
