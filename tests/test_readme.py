@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+from diffkern.bench.report import pictures, readme, sections
 from diffkern.samplers import SAMPLERS
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_figures_are_those_of_the_records():
-    assert report.load("end_to_end-*"), "there is a record to report"
-    assert report.readme_with_figures() == README, "run: python benchmarks/report.py"
-    assert report.details() == report.DETAILS.read_text(encoding="utf-8"), "run: python benchmarks/report.py"
+    records = sections.checked(ROOT / "benchmarks" / "results")
+    assert records, "there is a record to report"
+    assert readme.regions(README, "README.md", records) == README, "run: python benchmarks/report.py"
+    found = (ROOT / "docs" / readme.FIGURES).read_text(encoding="utf-8")
+    assert found == readme.figures(records, [p.FILE for p in pictures.PICTURES]), "run: python benchmarks/report.py"
+
+
+def test_the_pictures_are_those_of_the_records():
+    records = sections.checked(ROOT / "benchmarks" / "results")
+    for picture in pictures.PICTURES:  # pixels depend on matplotlib's version, what was drawn does not
+        drawn = pictures.digest_of((ROOT / "docs" / picture.FILE).read_bytes())
+        assert drawn == pictures.digest(picture.data(records)), f"run: python benchmarks/report.py ({picture.FILE})"
+        assert f"](docs/{picture.FILE})" in README
 
 
 def test_the_python_runs(capsys):

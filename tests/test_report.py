@@ -1,76 +1,142 @@
-"""The report of records that a GPU made: what its tables say of them."""
+"""The tables of `diffkern bench report`: what made-up records make of them."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
+from records import CPU, GPU, figures, form, network, spread, workload, write
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import report
-
-MACHINE = {"devices": {"cpu": "a CPU, 16 of 16 threads, AMX", "cuda:0": "NVIDIA H200"}, "threads": 16,
-           "versions": {"torch": "2.11.0+cu130"}}  # fmt: skip
-
-
-def spread(value: float) -> dict[str, float]:
-    return {"median": value, "p20": value, "p80": value}
-
-
-def form(ms: float, against: str, times: float) -> dict[str, Any]:
-    return {"ms": spread(ms), "against": against, "diffkern is faster by": spread(times), "max delta": 0.01,
-            "first call, seconds": 1.0, "later call, seconds": ms / 1e3, "peak memory, MB": 10}  # fmt: skip
+from diffkern.bench.report import records, sections
+from diffkern.bench.report.ops import row_of
 
 
 @pytest.fixture
-def records(tmp_path, monkeypatch):
-    folder = tmp_path / "nvidia-h200"
-    folder.mkdir()
+def gpu(tmp_path):
     graphed = "diffkern, graphed"
     variants = {
-        "diffkern": form(8.0, "diffkern", 1.0),
-        graphed: form(4.0, graphed, 1.0),
-        "diffusers": form(20.0, "diffkern", 2.5),
-        "diffusers, graphed": form(10.0, graphed, 2.5),
-        "diffusers, accelerated, graphed": form(5.0, graphed, 1.25),
-        "torch.compile": form(12.0, "diffkern", 1.5),
-        "torch.compile, max-autotune": form(6.0, graphed, 1.5),
+        "diffkern": form(8.0, 1.0, "diffkern"),
+        graphed: form(4.0, 1.0, graphed),
+        "diffusers": form(20.0, 2.5, "diffkern"),
+        "diffusers, graphed": form(10.0, 2.5, graphed),
+        "diffusers, accelerated, graphed": form(5.0, 1.25, graphed),
+        "torch.compile": form(6.0, spread(0.75, 0.7, 0.9), "diffkern"),
+        "torch.compile, max-autotune": form(6.0, 1.5, graphed),
     }
-    network = {"network": "sd15", "what": "a UNet", "dtype": "bfloat16", "variants": variants,
-               "refused": {"torch.compile, graphed": "no time"}, "profile": {"a kernel": 0.5}}  # fmt: skip
-
-    def figures(us: float, floor: float) -> dict[str, Any]:
-        return {"us": spread(us), "GB/s": 8e4 / us, "of copy": 0.5, "of floor": floor, "us without a graph": 30.0}
-
-    row = {"op": "randn", "sample": "pictures", "dtype": "bfloat16", "bytes": 1, "flops": 1, "chosen": "cuda",
-           "ceilings": {"GB/s": 4300.0, "TFLOP/s": 788.0}, "refused": {},
-           "times": {"cuda": figures(25, 0.8), "triton": figures(30, 0.6), "torch": figures(100, 0.2),
-                     "copy": figures(20, 1.0)}}  # fmt: skip
-    product = {**row, "op": "attention", "chosen": "torch", "times": {
-        "torch": {**figures(10, 0.5), "GFLOP/s": 400e3, "of matmul": 0.5},
-        "triton": {**figures(20, 0.25), "GFLOP/s": 200e3, "of matmul": 0.25},
-        "cuDNN": {**figures(9, 0.55), "GFLOP/s": 440e3, "of matmul": 0.55}, "copy": figures(2, 1.0),
-    }}  # fmt: skip
-    for name, results in {"end_to_end-sd15": network, "ops-randn": [row], "ops-attention": [product]}.items():
-        (folder / f"{name}.json").write_text(json.dumps({"machine": MACHINE, "results": results}))
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    ceilings = {"GB/s": 4300.0, "TFLOP/s": 788.0}
+    noise = workload("randn", chosen="cuda", ceilings=ceilings, refused={}, times={
+        "cuda": figures(25, 0.8), "triton": figures(30, 0.6), "torch": figures(100, 0.2), "copy": figures(20, 1.0),
+    })  # fmt: skip
+    product = {"GFLOP/s": 400e3, "of matmul": 0.5}
+    attention = workload("attention", chosen="torch", ceilings=ceilings, refused={}, times={
+        "torch": figures(10, 0.5, **product), "triton": figures(20, 0.25, **product),
+        "cuDNN": figures(9, 0.55, **product), "copy": figures(2, 1.0),
+    })  # fmt: skip
+    write(tmp_path, "h200/end_to_end-sd15", network("sd15", variants, {"torch.compile, graphed": "no | time"}), GPU)
+    write(tmp_path, "h200/ops-randn", [noise], GPU)
+    write(tmp_path, "h200/ops-attention", [attention], GPU)
+    return sections.checked(tmp_path)
 
 
-def test_a_network_is_compared_with_and_without_a_graph(records):
-    summary = report.readme_with_figures()
+def test_a_network_on_a_gpu_is_compared_with_and_without_a_graph(gpu):
+    summary = sections.summary("figures", gpu)
     assert "NVIDIA H200, torch 2.11.0+cu130. A call replayed from a CUDA graph" in summary
-    assert "| sd15, bfloat16 | 4 ms | 1.50 | 2.50 | 1.25 | 8 ms | 2.50 |" in summary
-    details = report.details()
+    assert "| with a graph | diffusers | torch.compile | accelerated diffusers | without | diffusers | torch" in summary
+    assert "| sd15, bfloat16 | 4 ms | 2.50 | 1.50 | 1.25 | 8 ms | 2.50 | 0.75 |" in summary
+    details = sections.details(gpu)
     assert "| torch.compile, max-autotune | 6 (6 to 6) | 1.50 (1.50 to 1.50) |" in details
-    assert "| torch.compile, graphed | not timed: no time |" in details
+    assert "| torch.compile, graphed | not timed: no \\| time |" in details
 
 
-def test_an_op_is_measured_by_the_floor_of_the_device(records):
-    assert "a copy 4300 GB/s, read and written; a bfloat16 product 788 TFLOP/s" in report.readme_with_figures()
-    details = report.details()
-    assert "| randn | pictures | bfloat16 | cuda | 25 (25 to 25) | 3200 GB/s | 80 % | torch | 4.00 |" in details
-    assert "| attention | pictures | bfloat16 | torch | 10 (10 to 10) | 400 TFLOP/s | 50 % | cuDNN | 0.90 |" in details
+def test_an_op_on_a_gpu_is_measured_by_the_floor_of_the_device(gpu):
+    assert "a copy 4300 GB/s, read and written; a bfloat16 product 788 TFLOP/s" in sections.summary("figures", gpu)
+    details = sections.details(gpu)
+    assert "| randn | pictures | bfloat16 | cuda | 25 (25 to 25) | 3200 GB/s | 80 % | - | torch | 4.00 |" in details
+    assert (
+        "| attention | pictures | bfloat16 | torch | 10 (10 to 10) | 400 TFLOP/s | 50 % | - | cuDNN | 0.90" in details
+    )
+
+
+def test_what_is_lost_is_listed_and_the_worst_comes_first(gpu):
+    losses = sections.summary("losses", gpu).splitlines()
+    assert losses[0] == (
+        "NVIDIA H200, torch 2.11.0+cu130: in 2 of 4 networks, workloads and schedulers a rival is faster beyond noise, "
+        "the worst first:"
+    )
+    assert losses[4:] == [
+        "| sd15, bfloat16, no graph | diffkern, 8 ms (8 to 8) | torch.compile, 6 ms (6 to 6) | 0.75 |",
+        "| attention, pictures, bfloat16 | torch, 10 us (10 to 10) | cuDNN, 9 us (9 to 9) | 0.90 |",
+    ]
+
+
+def test_what_is_within_noise_is_not_lost(tmp_path):
+    near = {"diffkern": form(10, 1.0), "OpenVINO": form(9.8, spread(0.98, 0.9, 1.01))}
+    op = workload("linear", {"cpu": figures(10), "torch": figures(9), "copy": figures(5)})
+    op["times"]["torch"]["us"] = spread(9, 8.5, 10)  # touches ours
+    write(tmp_path, "m/end_to_end-dit", network("dit", near))
+    write(tmp_path, "m/ops-linear", [op])
+    assert sections.summary("losses", sections.checked(tmp_path)).startswith(
+        "a CPU with AVX2, 2 threads, torch 2.13.0: in none of 2 networks"
+    )
+    near["OpenVINO"]["diffkern is faster by"]["p80"] = 0.99
+    op["times"]["torch"]["us"]["p80"] = 9.9
+    write(tmp_path, "m/end_to_end-dit", network("dit", near))
+    write(tmp_path, "m/ops-linear", [op])
+    assert ": in 2 of 2 networks" in sections.summary("losses", sections.checked(tmp_path))
+
+
+def test_a_readme_shows_twelve_losses_of_a_machine_and_counts_the_rest(tmp_path):
+    rows = [
+        workload("linear", {"cpu": figures(10 + i), "torch": figures(9), "copy": figures(5)}, f"shape {i}")
+        for i in range(15)
+    ]
+    write(tmp_path, "m/ops-linear", rows)
+    found = sections.checked(tmp_path)
+    shown = sections.summary("losses", found)
+    assert (
+        "in 15 of 15 networks, workloads and schedulers a rival is faster beyond noise, the worst 12 of them:" in shown
+    )
+    assert shown.count("linear, shape") == 12
+    assert shown.index("shape 14") < shown.index("shape 3")
+    assert "shape 2," not in shown
+    assert sections.details(found).count("linear, shape") == 15
+
+
+def test_a_network_on_a_cpu_stands_against_the_fastest_form_of_each_rival(tmp_path):
+    variants = {"diffkern": form(100, 1.0), "diffkern, batch_invariant": form(120, 1.2),
+                "diffusers": form(250, 2.5), "diffusers, channels_last": form(200, 2.0),
+                "diffusers, accelerated": form(110, 1.1), "ONNX Runtime": form(90, 0.9)}  # fmt: skip
+    write(tmp_path, "m/end_to_end-vae", network("vae", variants))
+    summary = sections.summary("figures", sections.checked(tmp_path))
+    assert "| | diffkern | diffusers | ONNX Runtime | first call: diffkern, torch.compile | memory" in summary
+    assert "| vae, bfloat16 | 100 ms | 2.00 | 0.90 | 1.0 s, - | 10 MB, 10 MB |" in summary
+    assert "| vae, bfloat16 | 250 ms | 110 ms | - | 2.27 | - | 0.91 |" in summary  # accelerated
+
+
+def test_an_op_timed_alone_has_no_rival(tmp_path):
+    row = workload("randn", {"cpu": figures(10), "copy": figures(5)})
+    assert row_of({**row, "times": {"torch": figures(10), "copy": figures(5)}}) is None, "no kernel of diffkern"
+    write(tmp_path, "m/ops-randn", [row])
+    found = sections.checked(tmp_path)
+    assert "| randn | - | 50 % of copy |" in sections.summary("figures", found)
+    assert "| cpu | 10 (10 to 10) | 8000.0 GB/s | 50 % | - | - | - |" in sections.details(found)
+
+
+def test_a_readme_has_the_machine_of_each_kind_with_the_most_records(tmp_path):
+    other = {**CPU, "devices": {"cpu": "an old CPU, 2 of 2 threads, torch uses AVX512"}}
+    row = workload("randn", {"cpu": figures(10), "torch": figures(20), "copy": figures(5)})
+    for name in ("ops-randn", "ops-linear"):
+        write(tmp_path, f"new/{name}", [row])
+    write(tmp_path, "old/ops-randn", [row], other)
+    write(tmp_path, "gpu/ops-randn", [{**row, "chosen": "cpu"}], GPU)
+    found = sections.checked(tmp_path)
+    assert {records.device(r["machine"]) for r in records.foremost(found)} == {
+        "NVIDIA H200", "a CPU with AVX2, 2 threads",
+    }  # fmt: skip
+    assert "an old CPU" not in sections.summary("figures", found)
+    assert "### Ops, an old CPU with AVX512, 2 threads, torch 2.13.0" in sections.details(found)
+
+
+def test_a_record_says_how_it_was_made(tmp_path):
+    write(tmp_path, "m/ops-randn", [workload("randn", {"cpu": figures(10), "copy": figures(5)})])
+    details = sections.details(sections.checked(tmp_path))
+    assert "| m/ops-randn.json | 2026-11-27 | abc1234 | `diffkern bench ops` |" in details
+    assert "a CPU with AVX2, 2 threads. cpu: a CPU, 2 of 2 threads, AVX2; torch 2.13.0." in details

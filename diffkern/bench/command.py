@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from diffkern.bench import compare_command, ops_command
+from diffkern.bench import compare_command, ops_command, report_command
 
-PARTS = {"ops": ops_command, "compare": compare_command}
+PARTS = {"ops": ops_command, "compare": compare_command, "report": report_command}
 """The commands, in the order of the help: each module's `add` makes the parser of one."""
 
 

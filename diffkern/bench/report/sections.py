@@ -1,0 +1,64 @@
+"""The parts of a report. To add one, write a module like those here, and list it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from diffkern.bench.report import accelerated, bounds, likelihood, losses, networks, ops, provenance, schedulers
+from diffkern.bench.report.records import Record, foremost, load, named
+
+
+class Section(Protocol):
+    """A module that makes Markdown of the records whose files are named like NAME, say "ops-*". Both functions are
+    given those alone, of one machine or more, and return "" if there is nothing to say."""
+
+    NAME: str
+
+    def summary(self, records: list[Record]) -> str:
+        """For a README: a few short tables, without headings."""
+
+    def details(self, records: list[Record]) -> str:
+        """For docs/figures.md and the page: everything, under a heading of the second order."""
+
+
+SECTIONS: tuple[Section, ...] = (
+    networks, accelerated, losses, ops, schedulers, likelihood, bounds, provenance,
+)  # fmt: skip
+"""In the order of docs/figures.md."""
+
+README: dict[str, tuple[Section, ...]] = {
+    "likelihoods": (likelihood, bounds),
+    "figures": (networks, accelerated, ops),
+    "losses": (losses,),
+}
+"""The regions of the README that are written here, and whose summaries they are."""
+
+
+def checked(folder: Path) -> list[Record]:
+    """The records in a folder. Raises ValueError for one that no report can be made of."""
+    records = load(folder)
+    for record in records:
+        try:
+            for section in SECTIONS:
+                if found := named([record], section.NAME):
+                    section.summary(found)
+                    section.details(found)
+        except KeyError as e:
+            raise ValueError(f"{folder / record['file']} is not a record that can be reported: it lacks {e}") from None
+        except (TypeError, ValueError, AttributeError, IndexError) as e:
+            raise ValueError(f"{folder / record['file']} is not a record that can be reported: {e}") from None
+    return records
+
+
+def summary(region: str, records: list[Record]) -> str:
+    """What a region of the README says."""
+    chosen = foremost(records)
+    parts = (section.summary(found) for section in README[region] if (found := named(chosen, section.NAME)))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def details(records: list[Record]) -> str:
+    """docs/figures.md, from the first heading of the second order on."""
+    parts = (section.details(found) for section in SECTIONS if (found := named(records, section.NAME)))
+    return "\n\n".join(filter(None, parts)) + "\n"
