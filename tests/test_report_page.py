@@ -38,6 +38,8 @@ def run(*arguments: str) -> int:
 
 
 def test_bars_are_the_ratios_of_the_record(folder):
+    from matplotlib.colors import to_hex
+
     found = bars.data(sections.checked(folder))
     assert [(b.rival, b.median, b.p20, b.p80) for b in found] == [
         ("diffusers", 1.5, 1.4, 1.6), ("OpenVINO", 0.8, 0.7, 0.9),
@@ -47,6 +49,7 @@ def test_bars_are_the_ratios_of_the_record(folder):
     assert [top[:2] for top in tops] == [(1, 1.5), (1, pytest.approx(0.8))]
     assert tops[1][2] == pytest.approx((0xD6 / 255, 0x27 / 255, 0x28 / 255)), "a loss is red"
     assert tops[0][2] != tops[1][2]
+    assert bars.LOSS not in {to_hex(color) for color in bars.COLORS}, "and nothing else is"
 
 
 def test_a_point_lies_below_the_ceiling_of_its_own_size(folder):

@@ -15,6 +15,7 @@ ABOUT = (
     "bars down, filled with red, slower. Whiskers from the 20th to the 80th percentile over the rounds."
 )
 LOSS = "#d62728"
+COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # of rivals; the one between is that of losses
 TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 10)
 
 
@@ -42,7 +43,8 @@ def data(records: list[Record]) -> list[Bar]:
 def figure(bars: list[Bar]) -> Any:
     """A panel a machine."""
     machines = list(dict.fromkeys(bar.machine for bar in bars))
-    colors = {rival: f"C{i % 10}" for i, rival in enumerate(dict.fromkeys(bar.rival for bar in bars))}
+    rivals = dict.fromkeys(bar.rival for bar in bars)
+    colors = {rival: COLORS[i % len(COLORS)] for i, rival in enumerate(rivals)}
     drawn = plots.figure(9, 0.5 + 2.9 * len(machines))
     for panel, machine in zip(drawn.subplots(len(machines), squeeze=False).flat, machines, strict=True):
         _panel(panel, machine, [bar for bar in bars if bar.machine == machine], colors)

@@ -108,7 +108,7 @@ def _picture(picture: Picture, records: list[Record], drawn: Mapping[str, bytes]
     if picture is roofline:
         return _roofline(records)
     encoded = base64.b64encode(drawn[picture.FILE]).decode()
-    image = f'<img src="data:image/png;base64,{encoded}" alt="{markup.escaped(picture.ABOUT)}">'
+    image = f'<img src="data:image/png;base64,{encoded}" alt="{markup.escaped(pictures.alt(picture))}">'
     return markup.figure(image, picture.ABOUT)
 
 

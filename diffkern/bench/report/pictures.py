@@ -21,7 +21,7 @@ class Picture(Protocol):
     """A module that draws records: the file's name, and what is said below it."""
 
     FILE: str
-    ABOUT: str
+    ABOUT: str  # the first sentence is what who does not see it is told
 
     def data(self, records: list[Record]) -> list[Any]:
         """What is drawn and nothing else, as dataclasses; empty if there is nothing to draw."""
@@ -34,6 +34,10 @@ PICTURES: tuple[Picture, ...] = (bars, roofline)
 """To add one, write a module like these, and list it."""
 
 KEY = "diffkern records"  # of the PNG's text
+
+
+def alt(picture: Picture) -> str:
+    return picture.ABOUT.partition(". ")[0]
 
 
 def digest(data: Sequence[Any]) -> str:

@@ -28,7 +28,7 @@ def regions(text: str, name: str, records: list[Record]) -> str:
 
 def figures(records: list[Record], drawn: Iterable[str]) -> str:
     """figures.md. drawn: the files of the pictures beside it."""
-    shown = [f"![{p.ABOUT}]({p.FILE})\n\n{p.ABOUT}" for p in pictures.PICTURES if p.FILE in drawn]
+    shown = [f"![{pictures.alt(p)}]({p.FILE})\n\n{p.ABOUT}" for p in pictures.PICTURES if p.FILE in drawn]
     parts = ["# Figures", "Written by `diffkern bench report` from records of benchmarks.", *shown]
     return "\n\n".join([*parts, sections.details(records)])
 

@@ -11,7 +11,8 @@ from diffkern.bench.report.records import Record, foremost, load, named
 
 class Section(Protocol):
     """A module that makes Markdown of the records whose files are named like NAME, say "ops-*". Both functions are
-    given those alone, of one machine or more, and return "" if there is nothing to say."""
+    given those alone, of one machine or more, and return "" if there is nothing to say. The page knows headings,
+    paragraphs, tables and `code`."""
 
     NAME: str
 
