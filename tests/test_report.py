@@ -109,6 +109,9 @@ def test_a_network_on_a_cpu_stands_against_the_fastest_form_of_each_rival(tmp_pa
     assert "| | diffkern | diffusers | ONNX Runtime | first call: diffkern, torch.compile | memory" in summary
     assert "| vae, bfloat16 | 100 ms | 2.00 | 0.90 | 1.0 s, - | 10 MB, 10 MB |" in summary
     assert "| vae, bfloat16 | 250 ms | 110 ms | - | 2.27 | - | 0.91 |" in summary  # accelerated
+    del variants["diffusers"]
+    write(tmp_path, "m/end_to_end-vae", network("vae", variants))
+    assert "110 ms" not in sections.summary("figures", sections.checked(tmp_path)), "not without what it accelerates"
 
 
 def test_an_op_timed_alone_has_no_rival(tmp_path):
@@ -133,6 +136,29 @@ def test_a_readme_has_the_machine_of_each_kind_with_the_most_records(tmp_path):
     }  # fmt: skip
     assert "an old CPU" not in sections.summary("figures", found)
     assert "### Ops, an old CPU with AVX512, 2 threads, torch 2.13.0" in sections.details(found)
+
+
+def test_schedulers_bounds_and_likelihoods(tmp_path):
+    scheduler = {"scheduler": "HeunDiscreteScheduler", "sample": [1, 4, 64, 64], "dtype": "float32", "steps": 20,
+                 "us a step": {"fused": spread(100, 90, 110), "diffusers": spread(80)},
+                 "faster by": spread(0.8, 0.7, 0.9)}  # fmt: skip
+    write(tmp_path, "m/schedulers", [scheduler])
+    ratios = {"diffkern": 1.0, "plain PyTorch": 1.5, "loop": 8.0}
+    bound = {"what": "a bound", "dtype": "float32", "variants": {
+        name: {"ms a pair": spread(2.5 * times), "diffkern is faster by": spread(times)}
+        for name, times in ratios.items()
+    }}  # fmt: skip
+    write(tmp_path, "m/vlb-float32", bound)
+    scores = [{"data": "noise", "method": method, "pictures": 4, "bits_per_dim": bits, "standard_error": 0.0125,
+               "seconds": 10.0} for method, bits in (("vlb", 9.5), ("ode", 8.25))]  # fmt: skip
+    write(tmp_path, "m/likelihood", {"command": "diffkern likelihood", "rows": scores})
+    found = sections.checked(tmp_path)
+    details, likelihoods = sections.details(found), sections.summary("likelihoods", found)
+    assert "| HeunDiscrete | 1 x 4 x 64 x 64 | float32 | 100 (90 to 110) | 0.80 (0.70 to 0.90) |" in details
+    assert "| HeunDiscrete, 1 x 4 x 64 x 64, float32 | fused, 100 (90 to 110) us a step | diffusers, 80" in details
+    assert "| float32 | 2.5 (2.5 to 2.5) | 1.50 (1.50 to 1.50) | 8.00 (8.00 to 8.00) |" in likelihoods
+    assert "| bits/dim | pictures | VLB, 2.5 s a picture | ODE, 2.5 s a picture |" in likelihoods
+    assert "| noise | 4 | 9.500 ± 0.013 | 8.250 ± 0.013 |" in likelihoods
 
 
 def test_a_record_says_how_it_was_made(tmp_path):

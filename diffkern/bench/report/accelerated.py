@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffkern.bench.report.networks import ACCELERATED, OURS, on_gpu, rival
+from diffkern.bench.report.networks import ACCELERATED, LOADED, OURS, on_gpu, rival
 from diffkern.bench.report.records import Record, by_machine, table
 
 NAME = "end_to_end-*"
@@ -11,7 +11,7 @@ BOTH = f"{ACCELERATED}, torch.compile"
 
 def summary(records: list[Record]) -> str:
     """A line a network and dtype, machine by machine; those of a GPU are in the table of its networks."""
-    timed = [r for r in records if ACCELERATED in r["results"]["variants"] and not on_gpu(r)]
+    timed = [r for r in records if {LOADED, ACCELERATED} <= set(r["results"]["variants"]) and not on_gpu(r)]
     return "\n\n".join(_table(machine, found) for machine, found in by_machine(timed).items())
 
 
@@ -23,8 +23,8 @@ def _table(machine: str, records: list[Record]) -> str:
         fast = ms[ACCELERATED]
         compiled = min((t for name, t in ms.items() if rival(name) == "torch.compile"), default=None)
         rows.append([
-            f"{r['network']}, {r['dtype']}", f"{ms['diffusers']:.0f} ms", f"{fast:.0f} ms",
-            f"{ms[BOTH]:.0f} ms" if BOTH in ms else "-", f"{ms['diffusers'] / fast:.2f}",
+            f"{r['network']}, {r['dtype']}", f"{ms[LOADED]:.0f} ms", f"{fast:.0f} ms",
+            f"{ms[BOTH]:.0f} ms" if BOTH in ms else "-", f"{ms[LOADED] / fast:.2f}",
             "-" if compiled is None else f"{compiled / fast:.2f}", f"{ms[OURS] / fast:.2f}",
         ])  # fmt: skip
     header = ["", "diffusers", "accelerated", "compiled too", "of diffusers", "of torch.compile", "of diffkern's own"]

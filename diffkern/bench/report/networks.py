@@ -9,7 +9,7 @@ from diffkern.bench.report.records import Record, Standing, by_machine, digits, 
 
 NAME = "end_to_end-*"
 OURS, GRAPHED = "diffkern", "diffkern, graphed"
-ACCELERATED = "diffusers, accelerated"
+LOADED, ACCELERATED = "diffusers", "diffusers, accelerated"
 Best = dict[str, tuple[str, dict[str, float]]]
 """Of each rival its fastest form, and how many times as fast diffkern is."""
 
