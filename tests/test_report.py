@@ -103,7 +103,8 @@ def test_a_readme_shows_twelve_losses_of_a_machine_and_counts_the_rest(tmp_path)
 def test_a_network_on_a_cpu_stands_against_the_fastest_form_of_each_rival(tmp_path):
     variants = {"diffkern": form(100, 1.0), "diffkern, batch_invariant": form(120, 1.2),
                 "diffusers": form(250, 2.5), "diffusers, channels_last": form(200, 2.0),
-                "diffusers, accelerated": form(110, 1.1), "ONNX Runtime": form(90, 0.9)}  # fmt: skip
+                "diffusers, slow": form(300, 3.0), "diffusers, accelerated": form(110, 1.1),
+                "ONNX Runtime": form(90, 0.9)}  # fmt: skip
     write(tmp_path, "m/end_to_end-vae", network("vae", variants))
     summary = sections.summary("figures", sections.checked(tmp_path))
     assert "| | diffkern | diffusers | ONNX Runtime | first call: diffkern, torch.compile | memory" in summary

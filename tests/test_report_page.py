@@ -165,6 +165,10 @@ def test_a_readme_is_written_between_its_markers(folder):
     assert "| linear | m" not in text
     assert run(str(folder), "--readme", "README.md") == 0
     assert path.read_text(encoding="utf-8") == text
+    for spoiled in (text + marks[0], text.replace("<!-- end of figures -->\n", "")):
+        path.write_text(spoiled, encoding="utf-8")
+        assert run(str(folder), "--readme", "README.md") == 2
+        assert path.read_text(encoding="utf-8") == spoiled
 
 
 @pytest.mark.parametrize(
