@@ -22,7 +22,7 @@ def gpu(tmp_path):
         "torch.compile, max-autotune": form(6.0, 1.5, graphed),
     }
     ceilings = {"GB/s": 4300.0, "TFLOP/s": 788.0}
-    noise = workload("randn", chosen="cuda", ceilings=ceilings, refused={}, times={
+    noise = workload("randn", chosen="cuda", ceilings=ceilings, refused={"apex": "not installed"}, times={
         "cuda": figures(25, 0.8), "triton": figures(30, 0.6), "torch": figures(100, 0.2), "copy": figures(20, 1.0),
     })  # fmt: skip
     product = {"GFLOP/s": 400e3, "of matmul": 0.5}
@@ -53,6 +53,7 @@ def test_an_op_on_a_gpu_is_measured_by_the_floor_of_the_device(gpu):
     assert (
         "| attention | pictures | bfloat16 | torch | 10 (10 to 10) | 400 TFLOP/s | 50 % | - | cuDNN | 0.90" in details
     )
+    assert "Not timed: apex in 1 of 1 workloads of randn: not installed" in details
 
 
 def test_what_is_lost_is_listed_and_the_worst_comes_first(gpu):

@@ -135,20 +135,22 @@ def details(records: list[Record]) -> str:
 
 def _network(record: Record) -> str:
     r = record["results"]
-    rows = [_variant(name, figures) for name, figures in r["variants"].items()]
-    rows += [[name, f"not timed: {reason}", "", "", "", ""] for name, reason in r["refused"].items()]
-    header = ["", "ms (p20 to p80)", "diffkern is faster by", "first call", "peak memory", "max delta"]
+    deltas = [name for name in ("max delta", "rms delta") if name in r["variants"][OURS]]
+    rows = [_variant(name, figures, deltas) for name, figures in r["variants"].items()]
+    rows += [[name, f"not timed: {reason}", "", "", "", *("" for _ in deltas)] for name, reason in r["refused"].items()]
+    header = ["", "ms (p20 to p80)", "diffkern is faster by", "first call", "peak memory", *deltas]
     parts = [f"### {r['network']}, {r['dtype']}, {where(record['machine'])}", f"{r['what']}.", table(header, rows)]
     if on_gpu(record):
         parts.append(
             "Graphed forms, and max-autotune, which makes a graph itself, are compared with diffkern, graphed."
         )
-    shares = ", ".join(f"{kernel} {100 * share:.0f} %" for kernel, share in r["profile"].items())
-    return "\n\n".join([*parts, f"Where diffkern's time goes: {shares}."])
+    if shares := ", ".join(f"{kernel} {100 * share:.0f} %" for kernel, share in r["profile"].items()):
+        parts.append(f"Where diffkern's time goes: {shares}.")
+    return "\n\n".join(parts)
 
 
-def _variant(name: str, v: dict[str, Any]) -> list[str]:
+def _variant(name: str, v: dict[str, Any], deltas: list[str]) -> list[str]:
     once = [f"{v['first call, seconds']:.1f} s", f"{v['peak memory, MB']} MB"]
     if name.endswith(", graphed"):  # recorded from a form that has run; what it uses is the graph's own memory
         once = ["-", "-"]
-    return [name, spread(v["ms"]), times(v["diffkern is faster by"]), *once, f"{v['max delta']:.1g}"]
+    return [name, spread(v["ms"]), times(v["diffkern is faster by"]), *once, *(f"{v[delta]:.1g}" for delta in deltas)]

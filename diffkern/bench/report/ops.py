@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -130,4 +131,15 @@ def _details(machine: str, records: list[Record]) -> str:
         ])  # fmt: skip
     header = ["op", "workload", "dtype", "backend", "us (p20 to p80)", "rate", "of the ceiling", "peak memory", "rival",
               "faster by"]  # fmt: skip
-    return f"### Ops, {machine}\n\n{said}\n\n{table(header, rows)}"
+    return "\n\n".join([f"### Ops, {machine}", said, table(header, rows), *_refused(records)])
+
+
+def _refused(records: list[Record]) -> list[str]:
+    """Why some rivals are missing, each reason once for an op."""
+    results = [result for record in records for result in record["results"]]
+    workloads = Counter(result["op"] for result in results)
+    found = Counter((result["op"], *pair) for result in results for pair in result.get("refused", {}).items())
+    return [
+        f"Not timed: {name} in {count} of {workloads[op]} workloads of {op}: {reason}"
+        for (op, name, reason), count in found.items()
+    ]
