@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-CPU = {"devices": {"cpu": "a CPU, 2 of 2 threads, AVX2"}, "threads": 2, "versions": {"torch": "2.13.0"},
+CPU = {"devices": {"cpu": "a CPU, 2 of 2 threads, AVX2"}, "threads": 2,
+       "versions": {"torch": "2.13.0", "c++": "g++ 12.2 (/usr/bin/g++)"},
        "command": "diffkern bench ops", "commit": "abc1234", "date": "2026-11-27"}  # fmt: skip
 GPU = {"devices": {"cpu": "a CPU, 16 of 16 threads, AMX", "cuda:0": "NVIDIA H200"}, "threads": 16,
        "versions": {"torch": "2.11.0+cu130"}}  # fmt: skip

@@ -166,5 +166,5 @@ def test_schedulers_bounds_and_likelihoods(tmp_path):
 def test_a_record_says_how_it_was_made(tmp_path):
     write(tmp_path, "m/ops-randn", [workload("randn", {"cpu": figures(10), "copy": figures(5)})])
     details = sections.details(sections.checked(tmp_path))
-    assert "| m/ops-randn.json | 2026-11-27 | abc1234 | `diffkern bench ops` |" in details
-    assert "a CPU with AVX2, 2 threads. cpu: a CPU, 2 of 2 threads, AVX2; torch 2.13.0." in details
+    assert "| m/ops-randn.json | 2026-11-27 | `abc1234` | `diffkern bench ops` |" in details
+    assert "a CPU with AVX2, 2 threads. cpu: a CPU, 2 of 2 threads, AVX2; torch 2.13.0, c++ g++ 12.2." in details

@@ -28,7 +28,8 @@ def _table(record: Record) -> str:
 
 def details(records: list[Record]) -> str:
     """The same, with the command."""
-    return "\n\n".join(
-        f"## Likelihood, {where(record['machine'])}\n\n`{record['results']['command']}`\n\n{_table(record)}"
+    parts = (
+        f"### Likelihood, {where(record['machine'])}\n\n`{record['results']['command']}`\n\n{_table(record)}"
         for record in records
     )
+    return "\n\n".join(["## Likelihood", *parts])

@@ -28,7 +28,7 @@ PAGE = Template("""<!DOCTYPE html>
           --loss: #ff8a80 }
   img, svg { filter: invert(0.91) hue-rotate(180deg) }
 }
-body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem; max-width: 80rem; background: var(--paper); color: var(--ink);
        font: 15px/1.5 system-ui, sans-serif }
 h1 { margin: 0 }
 h2 { margin-top: 3rem; border-bottom: 1px solid var(--line) }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from diffkern.bench.report.records import Record, device, table
 
 NAME = "*"
+PLACE = re.compile(r" \(/[^)]*\)")
 
 
 def summary(records: list[Record]) -> str:
@@ -22,15 +24,19 @@ def details(records: list[Record]) -> str:
     parts = []
     for facts, found in groups.items():
         rows = [
-            [record["file"], m.get("date", "-"), m.get("commit") or "-", f"`{m['command']}`" if "command" in m else "-"]
+            [record["file"], record["machine"].get("date", "-"), *(_code(record, key) for key in ("commit", "command"))]
             for record in found
-            for m in (record["machine"],)
         ]
         parts += [facts, table(["record", "date", "commit", "command"], rows)]
     return "\n\n".join(["## Records", *parts])
 
 
+def _code(record: Record, key: str) -> str:
+    return f"`{record['machine'][key]}`" if record["machine"].get(key) else "-"
+
+
 def _facts(machine: dict[str, Any]) -> str:
     devices = "; ".join(f"{kind}: {name}" for kind, name in machine["devices"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    # without the places of programs, which are nobody's but the user's
+    versions = ", ".join(f"{name} {PLACE.sub('', str(version))}" for name, version in machine["versions"].items())
     return f"{device(machine)}. {devices}; {versions}."

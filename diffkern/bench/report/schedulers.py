@@ -38,13 +38,13 @@ def summary(records: list[Record]) -> str:
 
 def details(records: list[Record]) -> str:
     """Every scheduler, on every machine."""
-    return "\n\n".join(map(_details, records))
+    return "\n\n".join(["## Fused schedulers", *map(_details, records)])
 
 
 def _details(record: Record) -> str:
     rows = [[*_work(row), _us(row["us a step"]["fused"]), times(row["faster by"])] for row in record["results"]]
     header = ["scheduler", "sample", "dtype", "us a step (p20 to p80)", "faster than diffusers by"]
     return (
-        f"## Fused schedulers, {where(record['machine'])}\n\nWhole runs of {record['results'][0]['steps']} steps "
+        f"### Fused schedulers, {where(record['machine'])}\n\nWhole runs of {record['results'][0]['steps']} steps "
         f"without a model: set_timesteps, scale_model_input and step.\n\n{table(header, rows)}"
     )
