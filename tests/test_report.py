@@ -168,3 +168,18 @@ def test_a_record_says_how_it_was_made(tmp_path):
     details = sections.details(sections.checked(tmp_path))
     assert "| m/ops-randn.json | 2026-11-27 | `abc1234` | `diffkern bench ops` |" in details
     assert "a CPU with AVX2, 2 threads. cpu: a CPU, 2 of 2 threads, AVX2; torch 2.13.0, c++ g++ 12.2." in details
+
+
+def test_the_first_picture(tmp_path):
+    variants = {"diffkern": {"cold": spread(30), "warm": spread(2.5, 2.4, 2.6)},
+                "diffusers": {"warm": spread(5), "diffkern is faster by": spread(2.0, 1.9, 2.1)}}  # fmt: skip
+    results = {"first picture": "emoji-32", "what": "a picture", "dtype": "float32", "variants": variants,
+               "phases": {"torch": spread(1.25), "rest": spread(0.5)},
+               "refused": {"torch.compile": "no compiler"}}  # fmt: skip
+    write(tmp_path, "m/cold_start", results)
+    found = sections.checked(tmp_path)
+    summary = sections.summary("figures", found)
+    assert "| diffkern | 30 (30 to 30) | 2.5 (2.4 to 2.6) | - |" in summary
+    assert "| diffusers | - | 5 (5 to 5) | 2.00 (1.90 to 2.10) |" in summary
+    assert "Where diffkern's time goes, warm: torch 1.2 s, rest 0.5 s." in summary
+    assert "torch.compile: no compiler" in sections.details(found)

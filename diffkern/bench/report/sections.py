@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from diffkern.bench.report import accelerated, bounds, likelihood, losses, networks, ops, provenance, schedulers
+from diffkern.bench.report import (
+    accelerated,
+    bounds,
+    cold_start,
+    likelihood,
+    losses,
+    networks,
+    ops,
+    provenance,
+    schedulers,
+)
 from diffkern.bench.report.records import Record, foremost, load, named
 
 
@@ -24,13 +34,13 @@ class Section(Protocol):
 
 
 SECTIONS: tuple[Section, ...] = (
-    networks, accelerated, losses, ops, schedulers, likelihood, bounds, provenance,
+    networks, accelerated, cold_start, losses, ops, schedulers, likelihood, bounds, provenance,
 )  # fmt: skip
 """In the order of docs/figures.md."""
 
 README: dict[str, tuple[Section, ...]] = {
     "likelihoods": (likelihood, bounds),
-    "figures": (networks, accelerated, ops),
+    "figures": (networks, accelerated, cold_start, ops),
     "losses": (losses,),
 }
 """The regions of the README that are written here, and whose summaries they are."""
