@@ -56,6 +56,7 @@ def packed(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor])
     known = _kept.get(key)
     if known is not None and all(k.is_still(w) for k, w in zip(known.weights, weights, strict=True)):
         return known.copy
+    _keep_freed_memory()
     mapped = [torch.ops.diffkern_C.of_a_file(w) for w in weights]
     stamps, copy = [_stamp(w, m) for w, m in zip(weights, mapped, strict=True)], pack()
     found = []
@@ -66,6 +67,15 @@ def packed(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor])
         found.append(_Known(forget, weight.detach() if of_a_file else None, stamp))
     _kept[key] = _Packed(found, copy)
     return copy
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 64 MB of freed memory for the next call. What is free at the end of its heap it gives back
+    beyond twice the largest block that was ever mapped and freed: within a call of a network, which then waits for the
+    same pages again and again. A block of 32 MB, the largest that counts, tells it what such calls take. Nothing is
+    written to that one, so that it takes no memory; other allocators do not mind it."""
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 
 
 def _owner(weight: Tensor) -> Tensor:

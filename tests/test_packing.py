@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,3 +211,27 @@ def test_views_of_a_weight_are_known_by_the_weight(mode):
     del m
     gc.collect()
     assert packing.kept_bytes() == before
+
+
+FRESH = """
+import resource
+import torch
+import diffkern
+
+layer = torch.nn.Linear(16, 12)
+with torch.no_grad(), diffkern.use_backend("cpu"):
+    diffkern.linear(torch.randn(1, 4, 16), layer.weight, layer.bias)
+def pages():  # that a tensor of 28 MB writes for the first time
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(7 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages(), pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc returns memory")
+def test_freed_memory_is_kept_for_the_next_call():
+    """In a process of its own: in this one other tests have freed as much."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert second < first / 10
