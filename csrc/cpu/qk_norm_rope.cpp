@@ -33,10 +33,11 @@ struct Rotation {
   }
 };
 
-template <class T>
+// N: the numbers of a head where they are known beforehand, which makes one of 64 a few registers; or 0.
+template <class T, int64_t N>
 void heads(const Tensor& x, const std::optional<Tensor>& weight, const char* name, const Rotation& rotation, double eps,
            Tensor& y) {
-  const int64_t tokens = x.size(1), count = x.size(2), n = x.size(3);
+  const int64_t tokens = x.size(1), count = x.size(2), n = N ? N : x.size(3);
   const std::vector<float> weights = parameter(kOp, name, weight, n, 1.0f);
   const T* in = static_cast<const T*>(x.const_data_ptr());
   T* out = data_of<T>(y);
@@ -47,10 +48,12 @@ void heads(const Tensor& x, const std::optional<Tensor>& weight, const char* nam
         const float* v = as_float(in + at, room.data(), n);
         if (weight) {
           const float scale = rms_scale(sum_of(n, [v](int64_t i) { return square(v[i]); }), n, eps);
+          float* scaled = normal.data();
+          const float* w = weights.data();
           for (int64_t i = 0; i < n; ++i) {
-            normal[i] = v[i] * scale * weights[i];
+            scaled[i] = v[i] * scale * w[i];
           }
-          v = normal.data();
+          v = scaled;
         }
         if (rotation.cos) {
           const float *cos = rotation.cos + r % tokens * n, *sin = rotation.sin + r % tokens * n, *o = other.data();
@@ -86,8 +89,18 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const 
   const Rotation rotation{angles("cos", cos, q), angles("sin", sin, q), interleaved};
   Tensor q_out = empty_as(q, q.scalar_type(), q.size(0)), k_out = empty_as(k, k.scalar_type(), k.size(0));
   with_dtype(kOp, q.scalar_type(), [&]<class T>(T*) {
-    heads<T>(q, q_weight, "q_weight", rotation, eps, q_out);
-    heads<T>(k, k_weight, "k_weight", rotation, eps, k_out);
+    const auto run = [&]<int64_t N>(std::integral_constant<int64_t, N>) {
+      heads<T, N>(q, q_weight, "q_weight", rotation, eps, q_out);
+      heads<T, N>(k, k_weight, "k_weight", rotation, eps, k_out);
+    };
+    switch (q.size(3)) {
+      case 64:
+        return run(std::integral_constant<int64_t, 64>{});
+      case 128:
+        return run(std::integral_constant<int64_t, 128>{});
+      default:
+        return run(std::integral_constant<int64_t, 0>{});
+    }
   });
   return {q_out, k_out};
 }

@@ -100,6 +100,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for interleaved in (True, False):
         pairs = "interleaved" if interleaved else "halves"
         yield sample(f"a block, {pairs}", (2, 5, 4, 32), 4, norm=True, rope=True, interleaved=interleaved)
+        yield sample(f"64 a head, {pairs}", (1, 2, 3, 64), 2, norm=True, rope=True, interleaved=interleaved)
+        yield sample(f"128 a head, {pairs}", (1, 2, 2, 128), 1, norm=True, rope=True, interleaved=interleaved)
         yield sample(f"odd, {pairs}", (2, 3, 5, 22), 2, norm=True, rope=True, interleaved=interleaved)
         yield sample(f"no norm, {pairs}", (3, 4, 3, 16), 1, norm=False, rope=True, interleaved=interleaved)
         yield sample(f"one pair, {pairs}", (1, 2, 1, 2), 1, norm=True, rope=True, interleaved=interleaved)
