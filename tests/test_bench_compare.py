@@ -125,8 +125,8 @@ def test_noise_is_where_the_intervals_meet(before, after, verdict):
 )
 def test_what_the_machine_did_is_no_change(before, after, copy, verdict, regresses, say):
     for name, us, machine in (("a.json", before, 1.0), ("b.json", after, copy)):
-        times = {"cpu": {"us": spread(*us)}, "copy": {"us": spread(20 * machine)}}
-        write(name, [{**ops()[0], "times": times}])
+        figures = {"cpu": {"us": spread(*us)}, "copy": {"us": spread(20 * machine)}}
+        write(name, [{**ops()[0], "times": figures}])
     (change,) = compare(Path("a.json"), Path("b.json")).changes  # the copy is no result
     assert (change.verdict, change.regresses(5)) == (verdict, regresses)
     assert change.moved == pytest.approx(copy)
