@@ -112,7 +112,7 @@ def test_a_wrong_file_gets_a_sentence(name, capsys):
     ("args", "message"),
     [
         (["--shapes", "sd4"], "--shapes is none of sd15, sdxl, dit, cifar, emoji, flux, "),
-        (["--shapes", "emoji", "--op", "rms_norm"], "rms_norm have no workload of emoji on cpu: see --list"),
+        (["--shapes", "emoji", "--op", "rms_norm"], "there is no workload of emoji for rms_norm on cpu: see --list"),
         (["--shapes", "emoji", "--tiny"], "give --tiny or --shapes, not both"),
     ],
 )

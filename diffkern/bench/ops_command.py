@@ -79,7 +79,9 @@ def _run(args: argparse.Namespace) -> int:
     args.dtype = args.dtype or (defaults[:1] if args.quick else defaults)
     args.device = device.type
     if not args.tiny and not any(ops.work(args)):
-        raise ValueError(f"{' and '.join(args.op)} have no workload of {args.shapes} on {args.device}: see --list")
+        raise ValueError(
+            f"there is no workload of {args.shapes} for {' or '.join(args.op)} on {args.device}: see --list"
+        )
     if cuda:
         torch.cuda.set_device(device)
     torch.set_num_threads(args.threads)
