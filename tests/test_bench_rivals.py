@@ -3,6 +3,7 @@ refused when they are wrong. Those that need a GPU are called with stand-ins tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 
 from diffkern.bench import plain
 from diffkern.bench.compare import compare
-from diffkern.bench.rivals import Rival, judged, left_out, rivals
+from diffkern.bench.rivals import Rival, judge, judged, left_out, rivals
 from diffkern.cli import main
 from diffkern.op import OPS
+from diffkern.testing import tensors
 
 GPU = ("apex", "flash_attn", "library", "liger_kernel", "xformers")
 
@@ -172,6 +174,15 @@ def test_what_converts_networks_computes_an_op(library, name, sample):
     else:
         with pytest.raises(RuntimeError, match="has no bfloat16 on a CPU"):
             runs(library, name, bfloat16)
+
+
+def test_the_narrowest_dtype_says_what_an_error_may_be():
+    op = OPS["sampler_step"]
+    for dtype, right in ((torch.bfloat16, True), (torch.float32, False)):  # of the model: the state is float32
+        args = args_of("sampler_step", "bare", dtype)
+        result = [1.01 * t for t in tensors(op.reference(*args))]
+        with contextlib.nullcontext() if right else pytest.raises(ValueError, match="wrong by"):
+            judge(op, args, result)
 
 
 def test_a_wrong_rival_is_refused_and_the_record_says_so(monkeypatch, tmp_path, capsys):
