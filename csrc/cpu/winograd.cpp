@@ -30,7 +30,8 @@ struct Problem {
 template <class T>
 struct Data {
   const T* x;
-  const float *weight, *shift;  // shift: bias and add, [B, panels * width], of one row if there is no add
+  const void* weight;  // of winograd_weight: points in float32, or T
+  const float* shift;  // bias and add, [B, panels * width], of one row if there is no add
   int64_t shift_stride;
   const T* residual;
   T* out;
@@ -43,7 +44,8 @@ class Worker {
   Worker(const Problem& p, const Data<T>& data)
       : p_(p), data_(data), panels_(p.results), step_(p.depths() * p.block * kDepth + 16),
         sum_step_(p.block * kWidth + 16), room_(room()),
-        points_(room_.take(F::kArea * step_)), sums_(room_.take(kPanels * F::kArea * sum_step_)),
+        points_(room_.take(F::kArea * step_)), sums_(room_.take(kSums * F::kArea * sum_step_)),
+        weights_(room_.take(kWeights)),
         pixels_(room_.take(kPixels * kDepth)), zeros_(room_.take(kDepth)) {
     std::fill_n(zeros_, kDepth, 0.0f);
   }
@@ -58,9 +60,25 @@ class Worker {
         read(first + t, points_ + t * kDepth);
       }
     }
+    if constexpr (!kKeeps) {
+      for (int64_t i = panel; i < panel + panels; ++i) {
+        for (int64_t d = 0; d < p_.depths(); ++d) {
+          const int64_t n = weigh(i, d);
+          for (int64_t point = 0; point < F::kArea; ++point) {
+            product<V>(tiles, points_ + point * step_ + d * p_.block * kDepth, weights_ + point * kWeightStep, n,
+                       d == 0, sums_ + point * sum_step_);
+          }
+        }
+        for (int64_t t = 0; t < tiles; ++t) {
+          write(first + t, i * kWidth, sums_ + t * kWidth);
+        }
+      }
+      return;
+    }
     for (int64_t point = 0; point < F::kArea; ++point) {
       for (int64_t i = 0; i < panels; ++i) {
-        const float* weight = data_.weight + panels_.at(panel + i, point, F::kArea, p_.channels);
+        const float* weight =
+            static_cast<const float*>(data_.weight) + panels_.at(panel + i, point, F::kArea, p_.channels);
         for (int64_t d = 0; d < p_.depths(); ++d) {
           product<V>(tiles, points_ + point * step_ + d * p_.block * kDepth, weight + d * kDepth * kWidth,
                      std::min(kDepth, p_.channels - d * kDepth), d == 0, sums_ + (i * F::kArea + point) * sum_step_);
@@ -78,7 +96,26 @@ class Worker {
   static constexpr int64_t kWidth = V * kLanes;
   static constexpr int kPixels = F::kPatch * F::kPatch;
 
-  int64_t room() const { return F::kArea * (step_ + kPanels * sum_step_) + (kPixels + 1) * kDepth; }
+  static constexpr bool kKeeps = keeps_points(F::kPixels);
+  static constexpr int64_t kSums = kKeeps ? kPanels : 1;          // panels that have sums at once
+  static constexpr int64_t kWeightStep = kDepth * kWidth + 16;  // an odd number of cache lines
+  static constexpr int64_t kWeights = kKeeps ? 0 : F::kArea * kWeightStep;
+
+  int64_t room() const { return F::kArea * (step_ + kSums * sum_step_) + kWeights + (kPixels + 1) * kDepth; }
+
+  // The points of a panel's weights, of some channels. Returns how many.
+  int64_t weigh(int64_t panel, int64_t depth) {
+    const int64_t n = std::min(kDepth, p_.channels - depth * kDepth);
+    const T* from = static_cast<const T*>(data_.weight) + (panel * p_.channels + depth * kDepth) * 9 * kWidth;
+    float room[9 * kWidth];
+    for (int64_t c = 0; c < n; ++c) {
+      const float* kernel = as_float(from + c * 9 * kWidth, room, 9 * kWidth);
+      for (int64_t v = 0; v < kWidth; v += kLanes) {
+        weigh_all<F>(kernel + v, kWidth, weights_ + c * kWidth + v, kWeightStep);
+      }
+    }
+    return n;
+  }
 
   // The points of a tile's patch.
   void read(int64_t tile, float* out) {
@@ -175,7 +212,7 @@ class Worker {
   int64_t block_ = -1;       // whose points are held
   int64_t step_, sum_step_;  // from point to point; an odd number of cache lines, to spread over all cache sets
   Room room_;
-  float *points_, *sums_, *pixels_, *zeros_;
+  float *points_, *sums_, *weights_, *pixels_, *zeros_;
 };
 
 template <class T, class F, int V>
@@ -232,8 +269,9 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   check(results >= 1 && p.channels >= 1 && p.out_height >= 1 && p.out_width >= 1, kOp, ": nothing to convolve in ",
         shape_of(x));
   const Panels panels(results);
-  check(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() &&
-            weight.numel() == panels.size(area(pixels, upsample), p.channels),
+  const bool keeps = keeps_points(pixels);
+  check(weight.scalar_type() == (keeps ? ScalarType::Float : x.scalar_type()) && weight.is_contiguous() &&
+            weight.numel() == panels.size(keeps ? area(pixels, upsample) : 9, p.channels),
         kOp, ": weight was packed for another shape");
   const std::vector<int64_t> shape = {p.batch, results, p.out_height, p.out_width};
   Tensor out = empty(shape, x.scalar_type(), /*channels_last=*/true);
@@ -253,8 +291,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   const int64_t width = panels.count * panels.width;
   const std::vector<float> shift = shifts(p, bias, add, width);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
-    const Data<T> data{static_cast<const T*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
-                       shift.data(), add ? width : 0,
+    const Data<T> data{static_cast<const T*>(x.const_data_ptr()), weight.const_data_ptr(), shift.data(), add ? width : 0,
                        residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, data_of<T>(out)};
     with_form(pixels, upsample, [&]<class F>() {
       results <= kLanes ? run<T, F, 1>(p, data) : run<T, F, 2>(p, data);

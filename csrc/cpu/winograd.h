@@ -60,6 +60,10 @@ auto with_form(int64_t pixels, bool doubled, F f) {
   return doubled ? f.template operator()<Form<4, true>>() : f.template operator()<Form<4, false>>();
 }
 
+// Whether weights are kept as points, in float32. Those of 4 x 4 tiles, eight times as large as 16-bit weights, are made
+// from the weights when they are used, for a block of tiles at a time: that takes less than to fetch them from memory.
+constexpr bool keeps_points(int64_t pixels) { return pixels == 2; }
+
 // Points of a tile.
 inline int64_t area(int64_t pixels, bool doubled) {
   return with_form(pixels, doubled, []<class F>() -> int64_t { return F::kArea; });
@@ -126,6 +130,52 @@ inline void leave(Form<4, true>, const Vector* x, int step, Vector* out, int to)
   out[to] = x[step] + twice;
   out[2 * to] = x[step] + 4 * far;
   out[3 * to] = x[step] + 4 * twice + x[4 * step];
+}
+
+// Three numbers of a line of the kernel to its points. In tiles of 4 x 4 only: see `keeps_points`. A product with a
+// float32 near 1/6 or 1/24 is exact where the quotient is.
+inline void weigh(Form<4, false>, const Vector* x, int step, Vector* out, int to) {
+  const Vector a = x[0], b = x[step], c = x[2 * step];
+  out[0] = a * 0.25f;
+  out[to] = (a + c + b) * (-1.0f / 6);
+  out[2 * to] = (a + c - b) * (-1.0f / 6);
+  out[3 * to] = (a + 4 * c + 2 * b) * (1.0f / 24);
+  out[4 * to] = (a + 4 * c - 2 * b) * (1.0f / 24);
+  out[5 * to] = c;
+}
+
+inline void weigh(Form<4, true>, const Vector* x, int step, Vector* out, int to) {
+  const Vector a = x[0], b = x[step], c = x[2 * step];
+  out[0] = a * 0.25f;
+  out[to] = (a + c + b) * (-1.0f / 6);
+  out[2 * to] = (a + 4 * c + 2 * b) * (1.0f / 24);
+  out[3 * to] = (a + 4 * c - 2 * b) * (1.0f / 24);
+  out[4 * to] = c;
+}
+
+// A vector of results: 3 x 3 numbers of the kernel, `width` apart, to points, which lie `step` apart.
+template <class F>
+void weigh_all(const float* kernel, int64_t width, float* out, int64_t step) {
+  constexpr int kPoints = F::kPoints;
+  Vector half[3 * kPoints];
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    Vector x[3];
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      x[j] = *reinterpret_cast<const LooseVector*>(kernel + (3 * j + i) * width);
+    }
+    weigh(F{}, x, 1, half + i, 3);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kPoints; ++i) {
+    Vector y[kPoints];
+    weigh(F{}, half + 3 * i, 1, y, 1);
+#pragma GCC unroll 6
+    for (int j = 0; j < kPoints; ++j) {
+      vector(out + (i * kPoints + j) * step) = y[j];
+    }
+  }
 }
 
 // n channels of the pixels of a patch to its points, which lie `step` apart.

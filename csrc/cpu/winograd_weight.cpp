@@ -24,23 +24,6 @@ inline void line(Form<2, true>, double a, double b, double c, double* out, int64
   out[2 * step] = c;
 }
 
-inline void line(Form<4, false>, double a, double b, double c, double* out, int64_t step) {
-  out[0] = a / 4;
-  out[step] = -(a + b + c) / 6;
-  out[2 * step] = -(a - b + c) / 6;
-  out[3 * step] = (a + 2 * b + 4 * c) / 24;
-  out[4 * step] = (a - 2 * b + 4 * c) / 24;
-  out[5 * step] = c;
-}
-
-inline void line(Form<4, true>, double a, double b, double c, double* out, int64_t step) {
-  out[0] = a / 4;
-  out[step] = -(a + b + c) / 6;
-  out[2 * step] = (a + 2 * b + 4 * c) / 24;
-  out[3 * step] = (a - 2 * b + 4 * c) / 24;
-  out[4 * step] = c;
-}
-
 // Some channels of a panel: [channels, 9, width], results side by side, and zeros behind the last.
 template <class T>
 void gather(const T* weight, bool channels_last, int64_t results, int64_t channels, int64_t first, int64_t n,
@@ -63,7 +46,24 @@ void gather(const T* weight, bool channels_last, int64_t results, int64_t channe
   }
 }
 
-// One panel, computed in float64 and rounded once.
+// One panel, as it is: [C, 9, width], results side by side, and zeros behind the last.
+template <class T>
+void arrange(const T* weight, bool channels_last, int64_t results, int64_t channels, const Panels& panels,
+             int64_t panel, T* out) {
+  const int64_t width = panels.width, begin = panel * width, count = std::min(width, results - begin);
+  out += panel * channels * 9 * width;
+  std::fill_n(out, channels * 9 * width, T{});
+  for (int64_t r = 0; r < count; ++r) {
+    const T* from = weight + (begin + r) * channels * 9;
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t k = 0; k < 9; ++k) {
+        out[(i * 9 + k) * width + r] = from[channels_last ? k * channels + i : i * 9 + k];
+      }
+    }
+  }
+}
+
+// One panel at its points, computed in float64 and rounded once.
 template <class F, int64_t kWidth, class T>
 void fill(const T* weight, bool channels_last, int64_t results, int64_t channels, const Panels& panels, int64_t panel,
           float* out) {
@@ -95,8 +95,9 @@ void fill(const T* weight, bool channels_last, int64_t results, int64_t channels
   }
 }
 
-// weight: [N, C, 3, 3], contiguous or channels_last. Returns a vector in the order of `Panels`, float32. upsample:
-// for doubled pictures. pixels: 2 or 4, of a line of a tile.
+// weight: [N, C, 3, 3], contiguous or channels_last. Returns a vector: for tiles of 2 x 2 pixels its points in the order
+// of `Panels`, float32; for those of 4 x 4 panels of [C, 9, width] in its own dtype. upsample: for doubled pictures.
+// pixels: 2 or 4, of a line of a tile.
 Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
   check(pixels == 2 || pixels == 4, kOp, ": pixels must be 2 or 4, got ", pixels);
   const bool channels_last = weight.dim() == 4 && !weight.is_contiguous() && is_channels_last(weight);
@@ -104,17 +105,27 @@ Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
         kOp, ": weight must be [N, C, 3, 3], contiguous or channels_last, got ", shape_of(weight));
   const int64_t results = weight.size(0), channels = weight.size(1);
   const Panels panels(results);
-  Tensor out = empty({panels.size(area(pixels, upsample), channels)}, ScalarType::Float);
+  const bool keeps = keeps_points(pixels);
+  Tensor out = empty({panels.size(keeps ? area(pixels, upsample) : 9, channels)},
+                     keeps ? ScalarType::Float : weight.scalar_type());
   with_dtype(kOp, weight.scalar_type(), [&]<class T>(T*) {
     const T* from = static_cast<const T*>(weight.const_data_ptr());
-    with_form(pixels, upsample, [&]<class F>() {
-      const auto one = panels.width == kLanes ? fill<F, kLanes, T> : fill<F, 2 * kLanes, T>;
+    const auto each = [&](auto one, auto* to) {
       torch::stable::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
-          one(from, channels_last, results, channels, panels, panel, data_of<float>(out));
+          one(from, channels_last, results, channels, panels, panel, to);
         }
       });
-    });
+    };
+    if (!keeps) {
+      each(arrange<T>, data_of<T>(out));
+    } else if (upsample) {
+      each(panels.width == kLanes ? fill<Form<2, true>, kLanes, T> : fill<Form<2, true>, 2 * kLanes, T>,
+           data_of<float>(out));
+    } else {
+      each(panels.width == kLanes ? fill<Form<2, false>, kLanes, T> : fill<Form<2, false>, 2 * kLanes, T>,
+           data_of<float>(out));
+    }
   });
   return out;
 }

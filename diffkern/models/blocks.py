@@ -92,16 +92,20 @@ class ResnetBlock(nn.Module):
         """x: [B, C1, H, W]. skip: [B, C2, H, W], joined to it, or None; C1 + C2 = in_channels. time: what
         time_emb_proj makes of the embedding after SiLU: [B, out_channels], twice as wide with scale_shift, else with
         conv1's bias added; or None. Returns [B, out_channels, H, W]."""
+        # A line for each op: inside a call of the next its input would stay in memory until that ends.
         h = norm_silu(self.norm1, x, skip=skip)
         if time is None and not h.is_cuda:  # a convolution on a CPU adds its bias for nothing
-            h = norm_silu(self.norm2, convolve(self.conv1, h))
+            h = convolve(self.conv1, h)
+            h = norm_silu(self.norm2, h)
         elif self.scale_shift and time is not None:
             scale, shift = time.chunk(2, dim=1)
-            h = norm_silu(self.norm2, convolve(self.conv1, h), scale=scale, shift=shift)
+            h = convolve(self.conv1, h)
+            h = norm_silu(self.norm2, h, scale=scale, shift=shift)
         else:
             # The bias is added where the norm reads: on a GPU a pass over the picture less.
             add = cast(Tensor, self.conv1.bias).expand(len(x), -1) if time is None else time
-            h = norm_silu(self.norm2, conv2d(h, self.conv1.weight), add=add)
+            h = conv2d(h, self.conv1.weight)
+            h = norm_silu(self.norm2, h, add=add)
         h = convolve(self.conv2, F.dropout(h, self.dropout, self.training), self._shortcut(x, skip))
         return h / self.output_scale if self.output_scale != 1 else h
 
