@@ -42,8 +42,9 @@ def tile(
     if dtype == torch.float32:
         return 2
     native = compute_dtype(dtype, convolution=True) == dtype
-    # Weights of 4 x 4 tiles are 36 float32 for 9 numbers. They are read once for a block of tiles: that pays if they
-    # stay in the cache, or if there are many tiles. It has not been timed against AMX.
+    # Weights of 4 x 4 tiles become 36 float32 for 9 numbers, anew for every block of tiles. When this was timed they
+    # were kept and read once a block: that paid if they stayed in the cache, or if there were many tiles. It has not
+    # been timed against AMX.
     many = min(size) >= 8 and (n * channels <= 1 << 17 or size[0] * size[1] >= 1024)
     if many and not (native and torch.cpu._is_amx_tile_supported()):
         return 4

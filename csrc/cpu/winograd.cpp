@@ -97,7 +97,7 @@ class Worker {
   static constexpr int kPixels = F::kPatch * F::kPatch;
 
   static constexpr bool kKeeps = keeps_points(F::kPixels);
-  static constexpr int64_t kSums = kKeeps ? kPanels : 1;          // panels that have sums at once
+  static constexpr int64_t kSums = kKeeps ? kPanels : 1;        // panels that have sums at once
   static constexpr int64_t kWeightStep = kDepth * kWidth + 16;  // an odd number of cache lines
   static constexpr int64_t kWeights = kKeeps ? 0 : F::kArea * kWeightStep;
 
@@ -291,7 +291,8 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   const int64_t width = panels.count * panels.width;
   const std::vector<float> shift = shifts(p, bias, add, width);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
-    const Data<T> data{static_cast<const T*>(x.const_data_ptr()), weight.const_data_ptr(), shift.data(), add ? width : 0,
+    const Data<T> data{static_cast<const T*>(x.const_data_ptr()), weight.const_data_ptr(), shift.data(),
+                       add ? width : 0,
                        residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, data_of<T>(out)};
     with_form(pixels, upsample, [&]<class F>() {
       results <= kLanes ? run<T, F, 1>(p, data) : run<T, F, 2>(p, data);

@@ -60,8 +60,8 @@ auto with_form(int64_t pixels, bool doubled, F f) {
   return doubled ? f.template operator()<Form<4, true>>() : f.template operator()<Form<4, false>>();
 }
 
-// Whether weights are kept as points, in float32. Those of 4 x 4 tiles, eight times as large as 16-bit weights, are made
-// from the weights when they are used, for a block of tiles at a time: that takes less than to fetch them from memory.
+// Whether weights are kept as points, in float32. Those of 4 x 4 tiles would be eight times as large as 16-bit weights:
+// they are made when they are used, for a block of tiles at a time, which takes about as long as to read them.
 constexpr bool keeps_points(int64_t pixels) { return pixels == 2; }
 
 // Points of a tile.

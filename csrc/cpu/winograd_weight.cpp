@@ -1,4 +1,4 @@
-// winograd_weight: the weight of a 3 x 3 convolution at the points of winograd.h, see diffkern/winograd.py.
+// winograd_weight: the weight of a 3 x 3 convolution as winograd.cpp reads it, see diffkern/winograd.py.
 #include "dense.h"
 #include "winograd.h"
 
@@ -95,9 +95,9 @@ void fill(const T* weight, bool channels_last, int64_t results, int64_t channels
   }
 }
 
-// weight: [N, C, 3, 3], contiguous or channels_last. Returns a vector: for tiles of 2 x 2 pixels its points in the order
-// of `Panels`, float32; for those of 4 x 4 panels of [C, 9, width] in its own dtype. upsample: for doubled pictures.
-// pixels: 2 or 4, of a line of a tile.
+// weight: [N, C, 3, 3], contiguous or channels_last. Returns a vector: for tiles of 2 x 2 pixels its points in the
+// order of `Panels`, float32; for those of 4 x 4 panels of [C, 9, width] in its own dtype. upsample: for doubled
+// pictures. pixels: 2 or 4, of a line of a tile.
 Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
   check(pixels == 2 || pixels == 4, kOp, ": pixels must be 2 or 4, got ", pixels);
   const bool channels_last = weight.dim() == 4 && !weight.is_contiguous() && is_channels_last(weight);
