@@ -95,6 +95,17 @@ def test_integers_come_out_exactly(channels, results, height, width, pixels, ups
     assert torch.equal(got.double(), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("upsample", "points"), [(False, 16), (True, 9)])
+def test_weights_of_4_x_4_tiles_keep_their_size(dtype, upsample, points):
+    weight = make((64, 48, 3, 3), "cpu", dtype)
+    kept = torch.ops.diffkern_C.winograd_weight(weight, upsample, 4)
+    assert (kept.numel(), kept.dtype) == (weight.numel(), dtype)
+    assert torch.equal(kept.sort().values, weight.flatten().sort().values)
+    kept = torch.ops.diffkern_C.winograd_weight(weight, upsample, 2)
+    assert (kept.numel(), kept.dtype) == (64 * 48 * points, torch.float32)
+
+
 @forms
 @pytest.mark.parametrize("channels", [64, 320, 1280])
 def test_error_is_near_that_of_the_definition(channels, pixels, upsample):
