@@ -123,10 +123,11 @@ def test_error_is_near_that_of_the_definition(channels, pixels, upsample):
 
 
 @forms
-def test_threads_and_neighbours_change_no_bit(pixels, upsample):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_and_neighbours_change_no_bit(dtype, pixels, upsample):
     """Blocks of tiles reach over samples, and are of another size for another number of threads."""
-    x = make((5, 48, 11, 10), "cpu", torch.float32, "channels_last")
-    weight, threads = make((72, 48, 3, 3), "cpu", torch.float32, seed=1), torch.get_num_threads()
+    x = make((5, 80, 23, 18), "cpu", dtype, "channels_last")
+    weight, threads = make((72, 80, 3, 3), "cpu", dtype, seed=1), torch.get_num_threads()
 
     def run(x: torch.Tensor, threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)
@@ -140,6 +141,18 @@ def test_threads_and_neighbours_change_no_bit(pixels, upsample):
     assert torch.equal(one, two)
     assert torch.equal(one, five)
     assert torch.equal(one, alone)
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_computed_as_float32_and_rounded_once(dtype, pixels, upsample):
+    """Whatever the layout of the weight, whose points are made in other places for tiles of 4 x 4 than of 2 x 2."""
+    x = make((2, 100, 5, 11), "cpu", dtype, "channels_last")
+    weight = make((131, 100, 3, 3), "cpu", dtype, seed=1) / 32
+    args = (None, ONE, None, None, False, upsample, pixels)
+    expected = winograd.convolve(x.float(), weight.float(), *args).to(dtype)
+    for one in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
+        assert torch.equal(winograd.convolve(x, one, *args), expected)
 
 
 def test_batch_invariant_leaves_its_batches_whole(calls):
