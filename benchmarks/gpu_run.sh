@@ -101,7 +101,7 @@ networks() {
     local left=$((515 - elapsed))
     local which=(--processes "$((cores < 14 ? cores : 14))" --seconds "$((left < 215 ? left : 215))")
     [[ $device == cuda ]] || which=(--tiny --networks vae-512 --variants "diffkern;diffusers" --rounds 1)
-    TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=2 python3 benchmarks/bench_end_to_end.py \
+    TORCHINDUCTOR_COMPILE_THREADS=2 OMP_NUM_THREADS=2 python3 -P -m diffkern.cli bench end-to-end \
         --device "$device" --out "$out" "${which[@]}"
 }
 

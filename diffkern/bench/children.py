@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,17 @@ def answers(
 
 
 class Child:
-    """A process that runs this Python with `command`, and answers what it is asked."""
+    """A process that runs this Python with `command`, and answers what it is asked. It imports what this process does,
+    also where that is found from its folder. more: variables of its environment."""
 
-    def __init__(self, command: Sequence[object]) -> None:
+    def __init__(self, command: Sequence[object], more: Mapping[str, str] | None = None) -> None:
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
         # Unlike a pipe, a file does not fill up.
         self.errors = tempfile.NamedTemporaryFile("w+", prefix="diffkern-", suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, *map(str, command)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=os.environ,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env={**os.environ, **paths, **(more or {})},
         )  # fmt: skip
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()

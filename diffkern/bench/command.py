@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from diffkern.bench import compare_command, ops_command, report_command
+from diffkern.bench import compare_command, end_to_end_command, ops_command, report_command
 
-PARTS = {"ops": ops_command, "compare": compare_command, "report": report_command}
+PARTS = {
+    "ops": ops_command,
+    "end-to-end": end_to_end_command,
+    "compare": compare_command,
+    "report": report_command,
+}
 """The commands, in the order of the help: each module's `add` makes the parser of one."""
 
 

@@ -10,7 +10,7 @@ import torch
 
 from diffkern import options
 from diffkern.bench import ops, record
-from diffkern.bench.rivals import rivals
+from diffkern.bench.rivals import named, rivals
 from diffkern.bench.shapes import MODELS, listed, ops_of
 from diffkern.op import BACKENDS, OPS
 from diffkern.schedules import one_of
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
         one_of("backend", name, KERNELS)
     for name in args.dtype or ():
         options.dtype_of(name)
-    args.rivals = _rivals(args.rivals, args.quick)
+    args.rivals = named(args.rivals or ("eager" if args.quick else ",".join(rivals())))
     cuda = device.type == "cuda"
     args.rounds = (7 if args.quick else 9 if cuda else 20) if args.rounds is None else args.rounds
     args.threads = torch.get_num_threads() if args.threads is None else args.threads
@@ -88,13 +88,3 @@ def _run(args: argparse.Namespace) -> int:
     if not args.no_record:
         args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
     return ops.run(args)
-
-
-def _rivals(given: str | None, quick: bool) -> tuple[str, ...]:
-    if given is None:
-        return ("eager",) if quick else tuple(rivals())
-    if given == "none":
-        return ()
-    for name in given.split(","):
-        one_of("rival", name, (*rivals(), "none"))
-    return tuple(given.split(","))

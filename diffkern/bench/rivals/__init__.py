@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffkern.op import Op
+from diffkern.schedules import one_of
 from diffkern.testing import oracle, tensors
 
 Args = tuple[Any, ...]
@@ -61,6 +62,14 @@ def rivals() -> dict[str, Rival]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     names.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     return {name: importlib.import_module(f"{__name__}.{name}").RIVAL for name in names}
+
+
+def named(given: str) -> tuple[str, ...]:
+    """The rivals of a list with commas, or none. Raises ValueError, naming the choices, for another name."""
+    names = () if given == "none" else tuple(given.split(","))
+    for name in names:
+        one_of("rival", name, (*rivals(), "none"))
+    return names
 
 
 def left_out(names: Iterable[str], device: str) -> dict[str, str]:

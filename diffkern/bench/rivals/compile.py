@@ -1,4 +1,4 @@
-"""torch.compile of what one would write, on a CPU of the reference as well.
+"""torch.compile of what one would write, on a CPU of the reference as well; and of networks, in channels_last.
 
 On a GPU with max-autotune, as fast as it gets outside a graph of its own, but for ops that multiply: products there are
 a library's either way. On a CPU by default: of one op max-autotune would tune products with constant weights, and the
@@ -6,8 +6,12 @@ weights of an op are arguments."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch import nn
+
+from diffkern.bench.networks import Make, Prepare, accelerated, by_diffusers, channels_last
 from diffkern.bench.plain import AUTOGRAD, PLAIN, PRODUCTS, composed
 from diffkern.bench.rivals import Args, Bind, Rival, later
 from diffkern.op import Op
@@ -26,4 +30,18 @@ def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
     }
 
 
-RIVAL = Rival(ops=_ops)
+def _network(prepare: Prepare, mode: str) -> Make:
+    def change(model: nn.Module) -> Any:
+        return torch.compile(model, mode=mode)
+
+    return by_diffusers(prepare, change)
+
+
+RIVAL = Rival(
+    ops=_ops,
+    networks={
+        "torch.compile": _network(channels_last, "default"),
+        "torch.compile, max-autotune": _network(channels_last, "max-autotune"),
+        "diffusers, accelerated, torch.compile": _network(accelerated, "default"),
+    },
+)

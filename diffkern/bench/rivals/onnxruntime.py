@@ -1,32 +1,46 @@
-"""ONNX Runtime on a CPU: what one would write, exported by torch.onnx with its weights inside, as of a network."""
+"""ONNX Runtime on a CPU: what one would write, exported by torch.onnx with its weights inside, as of a network. It has
+no bfloat16 there."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from diffkern.bench.networks import Network, as_loaded
 from diffkern.bench.plain import OneOp, convertible
 from diffkern.bench.rivals import Args, Bind, Rival, Run, installed
 from diffkern.op import Op
 
+BFLOAT16 = "has no bfloat16 on a CPU"
+
+
+def _session(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "module.onnx"
+        torch.onnx.export(module, inputs, file, dynamo=True, verbose=False)
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        return onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+
+
+def _feed(session: Any, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    return {i.name: t.contiguous().numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)}
+
 
 def _convert(op: Op) -> Bind:
     def bind(*args: Any) -> Run:
-        import onnxruntime
-
         module = OneOp(op, args)
         if any(t.dtype == torch.bfloat16 for t in module.inputs):
-            raise NotImplementedError("has no bfloat16 on a CPU")
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "op.onnx"
-            torch.onnx.export(module, module.inputs, file, dynamo=True, verbose=False)
-            settings = onnxruntime.SessionOptions()
-            settings.intra_op_num_threads = torch.get_num_threads()
-            session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-        feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), module.inputs, strict=True)}
+            raise NotImplementedError(BFLOAT16)
+        session = _session(module, module.inputs)
+        feed = _feed(session, module.inputs)
         return lambda: tuple(map(torch.from_numpy, session.run(None, feed)))
 
     return bind
@@ -36,8 +50,25 @@ def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
     return {"ONNX Runtime": _convert(op)} if convertible(op, args) else {}
 
 
+def _network(network: Network, folder: Path, dtype: torch.dtype) -> Run:
+    if dtype == torch.bfloat16:
+        raise NotImplementedError(BFLOAT16)
+
+    def change(model: nn.Module) -> Callable[..., Tensor]:
+        sessions: list[Any] = []
+
+        def call(*args: Tensor) -> Tensor:
+            if not sessions:
+                sessions.append(_session(model, args))
+            return torch.from_numpy(sessions[0].run(None, _feed(sessions[0], args))[0])
+
+        return call
+
+    return network.theirs(folder, dtype, as_loaded, change)
+
+
 def _why_not(device: str) -> str | None:
     return installed("onnxruntime", "cpu")(device) or installed("onnxscript", "cpu")(device)
 
 
-RIVAL = Rival(_why_not, _ops)
+RIVAL = Rival(_why_not, _ops, {"ONNX Runtime": _network})

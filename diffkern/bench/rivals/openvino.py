@@ -1,13 +1,16 @@
 """OpenVINO (2024.4 and later) on a CPU: what one would write, converted with its weights inside, as of a network, and
-computed in the dtype of the call."""
+computed in the dtype of the call. Networks are converted from float32: their bfloat16 is a way to run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffkern.bench.networks import Network, as_loaded
 from diffkern.bench.plain import OneOp, convertible
 from diffkern.bench.rivals import Args, Bind, Rival, Run, installed
 from diffkern.op import Op
@@ -55,4 +58,23 @@ def _ops(op: Op, args: Args, device: str) -> dict[str, Bind]:
     return {"OpenVINO": _convert(op)} if convertible(op, args) else {}
 
 
-RIVAL = Rival(installed("openvino", "cpu"), _ops)
+def _network(network: Network, folder: Path, dtype: torch.dtype) -> Run:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": PRECISION[dtype], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+
+    def change(model: nn.Module) -> Callable[..., Tensor]:
+        compiled: list[Any] = []
+
+        def call(*args: Tensor) -> Tensor:
+            if not compiled:
+                converted = openvino.convert_model(model, example_input=args, input=[tuple(a.shape) for a in args])
+                compiled.append(openvino.compile_model(converted, "CPU", settings))
+            return torch.from_numpy(compiled[0]([a.numpy() for a in args])[0].copy())
+
+        return call
+
+    return network.theirs(folder, torch.float32, as_loaded, change)
+
+
+RIVAL = Rival(installed("openvino", "cpu"), _ops, {"OpenVINO": _network})

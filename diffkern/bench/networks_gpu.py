@@ -3,17 +3,28 @@ of DDPM and the VAE as diffusers and as diffkern have them, and whole runs of em
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from networks import CIFAR, SD15, VAE, Change, Emoji, First, Prepare, Run, accelerated, as_loaded, channels_last
 from torch import Tensor, nn
 
 import diffkern
+from diffkern.bench.networks import (
+    CIFAR,
+    SD15,
+    VAE,
+    Change,
+    Emoji,
+    First,
+    Prepare,
+    Run,
+    accelerated,
+    as_loaded,
+    channels_last,
+)
 from diffkern.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from diffkern.models.dit import DiT, DiTConfig
 from diffkern.models.folder import lay_out
@@ -71,6 +82,7 @@ THEIRS: dict[str, Prepare] = {
     "diffusers, accelerated": accelerated,
     **dict.fromkeys(COMPILED, channels_last),
 }
+RIVALS = {"compile": COMPILED, "diffusers": tuple(name for name in THEIRS if name not in COMPILED)}
 
 
 class OnGpu(NamedTuple):
@@ -209,6 +221,6 @@ class BuiltEmoji:
         return Emoji.ours(Path(), torch.bfloat16, self.device, cuda_graph=variant == "diffkern, graphed")
 
 
-def build(name: str, options: argparse.Namespace) -> Built | BuiltEmoji:
+def build(name: str, device: str, tiny: bool) -> Built | BuiltEmoji:
     network = NETWORKS[name]
-    return BuiltEmoji(options.device) if network is None else Built(network, options.device, options.tiny)
+    return BuiltEmoji(device) if network is None else Built(network, device, tiny)

@@ -1,4 +1,4 @@
-"""Whole networks on a GPU: how `bench_end_to_end.py --device cuda` runs.
+"""Whole networks on a GPU: how `diffkern bench end-to-end --device cuda` runs.
 
 A network has a process for all forms that are not compiled, and one for each that is. All get ready in parallel; what
 is not ready in time is left out, and the record says so. Then, network by network, a form is refused whose result is
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import Emoji, Run
-from networks_gpu import COMPILED, NETWORKS, Built, build
 from torch import Tensor
 
 from diffkern.bench import children, gpu, record
+from diffkern.bench.end_to_end import keep
+from diffkern.bench.networks import Emoji, Run, deltas, wrong
+from diffkern.bench.networks_gpu import COMPILED, NETWORKS, Built, build
 
 EACH = 60.0  # seconds that a process may take for an answer once all are prepared
 
@@ -42,8 +43,8 @@ def graphed(run: Run) -> Run:
 class Forms:
     """One process's part: some forms of one network, in the order in which the parent asks for the methods."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.cuda = options, options.device == "cuda"
+    def __init__(self, device: str, tiny: bool) -> None:
+        self.device, self.tiny, self.cuda = device, tiny, device == "cuda"
         self.rows: dict[str, dict[str, Any]] = {}
         self.refused: dict[str, str] = {}
         self.runs: dict[str, Run] = {}
@@ -51,7 +52,7 @@ class Forms:
     def prepare(self, name: str, variants: list[str], folder: str) -> bool:
         """Build the network, and run every form once: that compiles, and finds kernels, which may happen in parallel.
         The process that has diffkern among its forms leaves the result expected of all."""
-        self.built, self.variants = build(name, self.options), variants
+        self.built = build(name, self.device, self.tiny)
         self.expected = Path(folder) / f"{name}.pt"
         if "diffkern" in variants:
             torch.save(self.built.theirs("diffusers", torch.float32)().float(), self.expected)
@@ -107,11 +108,11 @@ class Forms:
         before = torch.cuda.memory_allocated() if self.cuda else 0
         for _ in range(3):  # max-autotune records its graph in the second call
             out = run()
-        delta = ((out.float() - expected).abs().max() / expected.std()).item()
+        delta = deltas(out, expected)
         peak = (torch.cuda.max_memory_allocated() - before if self.cuda else 0) + self.built.weights()
         self.rows.pop(variant, None)
-        if not delta <= 1.0:  # bfloat16: three digits in a few hundred layers
-            self.refused[variant] = f"another result, max |delta| {delta:.3g} of its std"
+        if reason := wrong(delta, "bfloat16"):
+            self.refused[variant] = reason
             self.runs.pop(variant, None)
             return
         self.runs[variant] = run
@@ -119,7 +120,7 @@ class Forms:
             "first call, seconds": float(f"{first:.4g}"),
             "later call, seconds": float(f"{record.measured(run, 1):.4g}"),
             "peak memory, MB": peak >> 20,
-            "max delta": float(f"{delta:.2g}"),
+            **delta,
         }
 
     def round(self) -> dict[str, float]:
@@ -159,7 +160,7 @@ def prepared(options: argparse.Namespace, folder: str, until: float) -> dict[str
         left = until - time.monotonic()
         answer: Any = children.Failure("no time was left to compile it")
         if left > 0:
-            child = children.Child([*sys.argv, "--child"])
+            child = children.Child(["-m", __spec__.name, options.device, *(["tiny"] if options.tiny else [])])
             answer = child.ask(["prepare", name, variants, folder], left)
             if isinstance(answer, children.Failure):
                 child.end()
@@ -216,35 +217,30 @@ def measure(name: str, processes: list[tuple[list[str], Any]], rounds: int, unti
     }  # fmt: skip
 
 
-def records(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """(network, its record or why there is none)."""
+def records(options: argparse.Namespace) -> Iterator[tuple[str, str, Any]]:
+    """(network, dtype, its record or why there is none)."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = prepared(options, folder, start + 0.6 * options.seconds)
         print(f"prepared in {time.monotonic() - start:.0f} s", flush=True)
         for name, processes in found.items():
-            yield name, measure(name, processes, options.rounds, start + options.seconds)
+            yield name, "bfloat16", measure(name, processes, options.rounds, start + options.seconds)
             for _, child in processes:  # their memory is for the next network
                 if isinstance(child, children.Child):
                     child.end()
 
 
-def main(options: argparse.Namespace) -> None:
-    """options: networks, variants, device, rounds, processes, seconds, tiny, out, child."""
-    if options.device == "cuda":
+def run(options: argparse.Namespace) -> int:
+    """As end_to_end.run. options: networks, variants, device, rounds, processes, seconds, tiny, out."""
+    return keep(records(options), options.device, options.out)
+
+
+def main(device: str, *tiny: str) -> None:
+    """A child's part."""
+    if device == "cuda":
         gpu.settings()
-    if options.child:
-        children.serve(Forms(options).answer)
-        return
-    failed = False
-    for name, found in records(options):
-        if isinstance(found, children.Failure):
-            print(f"{name}: {found}", flush=True)
-            failed = True
-            continue
-        for variant, row in found["variants"].items():
-            print(f"{name:10}{variant:50}{row['ms']['median']:9.3f} ms  {row['diffkern is faster by']['median']:.2f}")
-        for variant, reason in found["refused"].items():
-            print(f"{name:10}{variant:50}not timed: {reason}")
-        print(record.write(f"end_to_end-{name}-bfloat16", options.device, found, options.out), flush=True)
-    raise SystemExit(1 if failed else 0)
+    children.serve(Forms(device, bool(tiny)).answer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
