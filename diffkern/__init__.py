@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffkern.choice import explain
-from diffkern.integrations.accelerate import accelerate, restore
 from diffkern.invariant import batch_invariant
 from diffkern.models.autoencoder_kl import AutoencoderKL
 from diffkern.models.bundle import Diffusion, bundled, load
@@ -40,14 +39,22 @@ from diffkern.samplers.loop import Progress, sample
 from diffkern.schedules import Schedule
 
 if TYPE_CHECKING:
-    from diffkern import likelihood
+    from diffkern import integrations, likelihood
+    from diffkern.integrations.accelerate import accelerate, restore
     from diffkern.models.hvae import HierarchicalVAE
     from diffkern.models.vae import VAE
 
 __version__ = "0.1.0"
 
-# Read when they are first asked for: who samples does not wait for what scores.
-_LATER = {"likelihood": "", "HierarchicalVAE": "diffkern.models.hvae", "VAE": "diffkern.models.vae"}
+# Read when they are first asked for: who samples does not wait for what scores, and for what knows diffusers.
+_LATER = {
+    "integrations": "",
+    "likelihood": "",
+    "accelerate": "diffkern.integrations.accelerate",
+    "restore": "diffkern.integrations.accelerate",
+    "HierarchicalVAE": "diffkern.models.hvae",
+    "VAE": "diffkern.models.vae",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -82,6 +89,7 @@ __all__ = [
     "explain",
     "gate_residual_norm_modulate",
     "group_norm_silu",
+    "integrations",
     "layer_norm_modulate",
     "likelihood",
     "linear",

@@ -5,6 +5,7 @@ Whatever is wrong with the input gets one sentence that names what is allowed, o
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +16,6 @@ import torch
 
 import diffkern
 from diffkern import doctor, options, pictures
-from diffkern.bench import command as bench
-from diffkern.likelihood import command as likelihood
 from diffkern.models.bundle import Diffusion, load
 from diffkern.samplers import SAMPLERS, make_table
 
@@ -26,7 +25,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """argv: the command's words, of which the first says which of the large commands is needed: who samples does not
+    wait for the others to be imported."""
     parser = _Parser(prog="diffkern", description="Fused kernels to sample and to score diffusion models.")
     parser.add_argument("--version", action="version", version=f"diffkern {diffkern.__version__}")
     commands = parser.add_subparsers(
@@ -48,8 +49,14 @@ def _parser() -> argparse.ArgumentParser:
                    help="a grid .png, a .npy, or a folder for single PNGs (default samples.png)")  # fmt: skip
     s.set_defaults(run=_sample)
 
-    likelihood.add(commands.add_parser("likelihood", help="score pictures with a diffusion model: bits per dimension"))
-    bench.add(commands.add_parser("bench", help="time ops against what else there is, compare records"))
+    later = {
+        "likelihood": "score pictures with a diffusion model: bits per dimension",
+        "bench": "time ops against what else there is, compare records",
+    }
+    for name, words in later.items():
+        command = commands.add_parser(name, help=words)
+        if argv[:1] == [name]:
+            importlib.import_module(f"diffkern.{name}.command").add(command)
 
     d = commands.add_parser("doctor", help="what is here, what is ready, and why not", description=doctor.__doc__)
     d.add_argument("--json", action="store_true", help="the same as JSON")
@@ -60,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, or 2 for bad input, after one sentence on standard error; or what a
     command says of itself."""
-    args = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(argv).parse_args(argv)
     try:
         return args.run(args) or 0
     except (ValueError, diffkern.BackendError) as e:

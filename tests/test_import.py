@@ -19,9 +19,16 @@ sys.addaudithook(lambda name, args: events.append(name))
 start = time.process_time()  # of the processor: the suite runs several tests at a time
 import diffkern
 seconds = time.process_time() - start
+modules = sorted(set(sys.modules) - before)
+diffkern.load("emoji-32")
+loaded = sorted(set(sys.modules) - before)
+for name in diffkern.__all__:
+    getattr(diffkern, name)
+assert diffkern.integrations.diffusers.FUSED
 print(json.dumps({
     "seconds": seconds,
-    "modules": sorted(set(sys.modules) - before),
+    "modules": modules,
+    "loading": loaded,
     "spawned": [e for e in events if e in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")],
     "written": [e for e in events if e in ("os.mkdir", "os.rename", "os.remove")],
     "libraries": sorted(torch.ops.loaded_libraries),
@@ -44,6 +51,12 @@ def test_import_does_no_work():
     seen = json.loads(done.stdout)
     assert seen["seconds"] < 0.3
     assert not [m for m in seen["modules"] if m.split(".")[0] in ("triton", "diffusers", "matplotlib", "ninja")]
-    assert not [m for m in seen["modules"] if m.startswith(("diffkern.kernels", "torch.utils.cpp_extension"))]
+    assert not [
+        m
+        for m in seen["modules"]
+        if m.startswith(("diffkern.kernels", "diffkern.integrations", "torch.utils.cpp_extension"))
+    ]
     assert seen["spawned"] == seen["written"] == seen["libraries"] == []
     assert seen["cuda"] is False
+    # torch's compiler takes longer to import than a picture to draw
+    assert not [m for m in seen["loading"] if m.startswith(("torch._dynamo", "torch._inductor", "sympy"))]

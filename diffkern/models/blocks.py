@@ -46,6 +46,15 @@ def pixels_of(tokens: Tensor, size: torch.Size) -> Tensor:
     return tokens.unflatten(1, size).permute(0, 3, 1, 2)
 
 
+class Embedding(nn.Embedding):
+    """A vector a label. On the meta device, where networks are made whose weights are then read, none are drawn: for
+    normal numbers there torch imports its compiler, which takes longer than a picture."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class TimestepEmbedding(nn.Module):
     """A vector through two layers. With condition_dim a second vector is added to it first, such as the embedding of a
     guidance scale (Meng et al. 2023)."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkern.models import folder
-from diffkern.models.blocks import FeedForward, TimestepEmbedding, TokenAttention, project
+from diffkern.models.blocks import Embedding, FeedForward, TimestepEmbedding, TokenAttention, project
 from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -116,7 +116,7 @@ class _PatchEmbed(nn.Module):
 class _LabelEmbedding(nn.Module):
     def __init__(self, classes: int, dim: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, dim)  # the last one is the null label
+        self.embedding_table = Embedding(classes + 1, dim)  # the last one is the null label
 
 
 class _Conditioning(nn.Module):

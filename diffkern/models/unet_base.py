@@ -16,6 +16,7 @@ from diffkern.layout import joined, lay_side_by_side, side_by_side
 from diffkern.models import folder
 from diffkern.models.blocks import (
     Downsample,
+    Embedding,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
@@ -158,7 +159,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(c.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], self.time_dim)
         classes = c.num_class_embeds
-        self.class_embedding = nn.Embedding(classes, self.time_dim) if classes is not None else None
+        self.class_embedding = Embedding(classes, self.time_dim) if classes is not None else None
 
         self.down_blocks = nn.ModuleList()
         layers = c.per_level(c.layers_per_block)
