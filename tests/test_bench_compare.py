@@ -41,10 +41,16 @@ def schedulers(**us: float) -> list[dict[str, Any]]:
     return [{"scheduler": "DDIM", "sample": [1, 4, 8, 8], "dtype": "float32", "steps": 20, "us a step": each}]
 
 
+def start(**seconds: float) -> dict[str, Any]:
+    variants = {name: {"warm": spread(median)} for name, median in seconds.items()}
+    return {"first picture": "emoji-32", "what": "a picture", "dtype": "float32", "variants": variants}
+
+
 KINDS = {
     "ops-randn": (ops, "randn, latents, float32, a", "us"),
     "end_to_end-dit-bfloat16": (network, "dit, bfloat16, a", "ms"),
     "vlb-float32": (bound, "bound, float32, a", "ms"),
+    "cold_start": (start, "emoji-32, float32, warm, a", "s"),
     "schedulers": (schedulers, "DDIM, 1 x 4 x 8 x 8, float32, a", "us"),
 }
 
@@ -194,10 +200,10 @@ def test_folders_are_compared_file_by_file(say):
     code, out, err = say("a", "b")
     assert code == 1
     assert err == "diffkern bench: warning: not the same threads 2 and 4\n"
-    assert len([line for line in out.splitlines() if line.startswith("slower")]) == 4
+    assert len([line for line in out.splitlines() if line.startswith("slower")]) == 5
     assert "only before: ops-linear.json\n" in out
     assert "not compared: likelihood.json, which has no timings\n" in out
-    assert out.endswith("of 8 timings 0 are faster, 4 slower and 4 within noise; 4 slower by more than 5 %\n")
+    assert out.endswith("of 10 timings 0 are faster, 5 slower and 5 within noise; 5 slower by more than 5 %\n")
 
 
 def test_a_committed_record_is_as_fast_as_itself(say):

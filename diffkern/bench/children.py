@@ -68,18 +68,29 @@ def answers(
         worker.join()
 
 
+def environment() -> dict[str, str]:
+    """That of a process which imports what this one does, also where this one finds it from the folder it is in."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+
+
+def reason(code: int, printed: str) -> str:
+    """Why a process ended, from its exit code and what it printed as errors: the last error that it names."""
+    lines = printed.splitlines()
+    errors = [line for line in lines if "Error" in line and not line.startswith(" ")]
+    return errors[-1] if errors else f"exit {code}: {lines[-1] if lines else 'it said nothing'}"
+
+
 class Child:
-    """A process that runs this Python with `command`, and answers what it is asked. It imports what this process does,
-    also where that is found from its folder. more: variables of its environment."""
+    """A process that runs this Python with `command`, and answers what it is asked. more: variables of its
+    environment."""
 
     def __init__(self, command: Sequence[object], more: Mapping[str, str] | None = None) -> None:
-        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
         # Unlike a pipe, a file does not fill up.
         self.errors = tempfile.NamedTemporaryFile("w+", prefix="diffkern-", suffix=".log")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, *map(str, command)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env={**os.environ, **paths, **(more or {})},
+            env={**environment(), **(more or {})},
         )  # fmt: skip
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -106,9 +117,7 @@ class Child:
 
     def _reason(self) -> str:
         code = self.process.wait()
-        lines = Path(self.errors.name).read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if "Error" in line and not line.startswith(" ")]
-        return errors[-1] if errors else f"exit {code}: {lines[-1] if lines else 'it said nothing'}"
+        return reason(code, Path(self.errors.name).read_text(encoding="utf-8", errors="replace"))
 
     def end(self) -> None:
         self.process.kill()

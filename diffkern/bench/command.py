@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from diffkern.bench import compare_command, end_to_end_command, ops_command, report_command
+from diffkern.bench import (
+    all_command,
+    cold_start,
+    compare_command,
+    end_to_end_command,
+    ops_command,
+    report_command,
+)
 
 PARTS = {
     "ops": ops_command,
     "end-to-end": end_to_end_command,
+    "cold-start": cold_start,
+    "all": all_command,
     "compare": compare_command,
     "report": report_command,
 }

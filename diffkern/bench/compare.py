@@ -132,11 +132,19 @@ def _bounds(results: Any) -> Rows:
         yield ("bound", results["dtype"], variant), figures["ms a pair"]
 
 
+def _starts(results: Any) -> Rows:
+    for variant, figures in results["variants"].items():
+        for kind in ("cold", "warm"):
+            if kind in figures:
+                yield (results["first picture"], results["dtype"], kind, variant), figures[kind]
+
+
 KINDS: dict[str, tuple[str, str, Callable[[Any], Rows]]] = {
     "ops": ("op", "us", _ops),
     "schedulers": ("scheduler", "us", _schedulers),
     "end_to_end": ("network", "ms", _networks),
     "vlb": ("timesteps", "ms", _bounds),
+    "cold_start": ("first picture", "s", _starts),
 }
 """Kinds of records, as their files are named: the key that tells one from the others, the unit, and what is in it."""
 
