@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     a = commands.add_parser("all", help=f"{', '.join(ORDER)}, one after the other", description=_run.__doc__)
     a.add_argument("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default of each benchmark)")
     a.add_argument("--rivals", metavar="NAMES", help=f"{','.join(rivals())}, or none (default of each benchmark)")
-    a.add_argument("--quick", action="store_true", help="a little of each: all of it in two minutes")
+    a.add_argument("--quick", action="store_true", help="a little of each")
     a.add_argument("--tiny", action="store_true", help=f"{', '.join(TINY)} with small sizes: whether all of this runs")
     a.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER",
                    help=f"of the records, FOLDER/<machine> (default {record.RESULTS})")  # fmt: skip

@@ -191,9 +191,9 @@ def add(commands: Any) -> None:
     c.add_argument("--rivals", metavar="NAMES",
                    help=f"{','.join(RIVALS)}, or none (default both; with --quick diffusers); other rivals draw no "
                         "picture")  # fmt: skip
-    c.add_argument("--quick", action="store_true", help="few rounds, nothing cold: all of it in half a minute")
+    c.add_argument("--quick", action="store_true", help="few rounds, and nothing cold")
     c.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
-    c.add_argument("--rounds", type=int, help="of warm starts (default 9, with --quick 3)")
+    c.add_argument("--rounds", type=int, help="of warm starts (default 9, with --quick 2)")
     c.add_argument("--cold", type=int, help="rounds of cold starts (default 3, with --quick 0)")
     c.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER",
                    help=f"of the record, FOLDER/<machine>/cold_start.json (default {record.RESULTS})")  # fmt: skip
@@ -207,7 +207,7 @@ def _run(args: argparse.Namespace) -> int:
     one_of("device", args.device, ("auto", "cpu", "cuda"))
     one_of("dtype", args.dtype, DTYPES)
     args.device = options.device_of(args.device).type
-    args.rounds = (3 if args.quick else 9) if args.rounds is None else args.rounds
+    args.rounds = (2 if args.quick else 9) if args.rounds is None else args.rounds
     args.cold = (0 if args.quick else 3) if args.cold is None else args.cold
     options.at_least(1, rounds=args.rounds)
     options.at_least(0, cold=args.cold)

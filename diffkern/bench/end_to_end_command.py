@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
                    help=f"of {with_networks}, or none (default all; with --quick diffusers as it is loaded); what is "
                         "not here is left out, and said; compile takes minutes a network")  # fmt: skip
     e.add_argument("--variants", metavar="NAMES", help="only these forms, as records name them, between semicolons")
-    e.add_argument("--quick", action="store_true", help="two networks, few rounds: all of it in a minute")
+    e.add_argument("--quick", action="store_true", help="two networks in one dtype, in fewer rounds")
     e.add_argument("--tiny", action="store_true", help="what a GPU is given, with small networks, also on a CPU")
     e.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
     e.add_argument("--rounds", type=int, help="in each all are timed in turn (default 5, with --quick 3)")
