@@ -40,6 +40,7 @@ from diffkern.schedules import Schedule
 
 if TYPE_CHECKING:
     from diffkern import integrations, likelihood
+    from diffkern.dataset.job import sample_dataset
     from diffkern.integrations.accelerate import accelerate, restore
     from diffkern.models.hvae import HierarchicalVAE
     from diffkern.models.vae import VAE
@@ -54,6 +55,7 @@ _LATER = {
     "restore": "diffkern.integrations.accelerate",
     "HierarchicalVAE": "diffkern.models.hvae",
     "VAE": "diffkern.models.vae",
+    "sample_dataset": "diffkern.dataset.job",
 }
 
 
@@ -104,6 +106,7 @@ __all__ = [
     "restore",
     "rms_norm",
     "sample",
+    "sample_dataset",
     "sampler_step",
     "timestep_embedding",
     "use_backend",

@@ -15,9 +15,15 @@ from typing import NoReturn
 import torch
 
 import diffkern
-from diffkern import doctor, options, pictures
+from diffkern import doctor, files, options, pictures
+from diffkern.dataset import command as dataset
+from diffkern.dataset.plan import Plan
+from diffkern.dataset.ranks import is_launched
+from diffkern.dataset.shards import FORMATS
 from diffkern.models.bundle import Diffusion, load
 from diffkern.samplers import SAMPLERS, make_table
+from diffkern.schedules import one_of
+from diffkern.stop import Stopped
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,8 +51,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     s.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance scale (default 3; 1: none)")
     options.add_machine(s)
     s.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default 64)")
-    s.add_argument("--out", type=Path, default=Path("samples.png"),
-                   help="a grid .png, a .npy, or a folder for single PNGs (default samples.png)")  # fmt: skip
+    s.add_argument("--batch-invariant", action="store_true", help="the same bits whatever the batch size, in more time")
+    s.add_argument("--out", type=Path, help="a grid .png, a .npy, or a folder for single PNGs (default samples.png); "
+                   "with --format a folder for shards (default samples)")  # fmt: skip
+    s.add_argument("--format", metavar="NAME",
+                   help=f"make a dataset, in shards that a run started again keeps: {', '.join(FORMATS)}; "
+                   "under torchrun its processes share them out")  # fmt: skip
+    s.add_argument("--shard-size", type=int, default=512, help="pictures in a shard (default 512)")
     s.set_defaults(run=_sample)
 
     later = {
@@ -83,36 +94,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as e:
         print(f"diffkern {args.command}: stopped; {str(e) or 'nothing was written'}", file=sys.stderr)
-        return 130
+        return e.code if isinstance(e, Stopped) else 130
 
 
 def _sample(args: argparse.Namespace) -> None:
     """Draw pictures with a diffusion model: the bundled one, or a diffusers folder of your own."""
-    options.at_least(1, n=args.n, batch_size=args.batch_size)
+    options.at_least(1, n=args.n, batch_size=args.batch_size, shard_size=args.shard_size)
     dtype, device = options.dtype_of(args.dtype), options.device_of(args.device)
-    pictures.kind_of(args.out)
+    if args.format is not None:
+        one_of("format", args.format, FORMATS)
+        device = dataset.device_of_rank(device)
+    elif is_launched():
+        raise ValueError(f"under torchrun give --format: one of {', '.join(FORMATS)}")
+    out = args.out or (dataset.OUT if args.format else Path("samples.png"))
+    (pictures.kind_of if args.format is None else files.check_folder)(out)
     with diffkern.use_backend(args.backend):
         diffusion = load(args.model, dtype=dtype, device=device)
         table = make_table(args.sampler, diffusion.schedule, args.steps)
         labels, guidance = _labels(diffusion, args)
-        print(f"{diffusion.name}: {args.n} pictures, {table.name}, {args.steps} steps, seed {args.seed}"
-              + (f", guidance {guidance:g}" if guidance is not None else ""))  # fmt: skip
-        print(options.machine(diffusion, ("randn", *diffusion.model.OPS, "sampler_step"), device))
+        plan = Plan(
+            diffusion.model, table, args.n, None, args.seed, labels, guidance, None, None, args.batch_size,
+            args.batch_invariant,
+        )  # fmt: skip
+        plan.check()
+        header = [
+            f"{diffusion.name}: {args.n} pictures, {table.name}, {args.steps} steps, seed {args.seed}"
+            + (f", guidance {guidance:g}" if guidance is not None else ""),
+            options.machine(diffusion, ("randn", *diffusion.model.OPS, "sampler_step"), device),
+        ]
+        if args.format is not None:
+            dataset.sample(plan, out, args.format, args.shard_size, header)
+            return
+        print(*header, sep="\n")
         start = time.perf_counter()
-        samples = diffkern.sample(
-            diffusion.model, table, args.n, seed=args.seed, labels=labels, guidance=guidance, batch_size=args.batch_size
-        ).cpu()
+        samples = plan.draw(range(args.n), progress=None).cpu()
         seconds = time.perf_counter() - start
-    if not torch.isfinite(samples).all():
-        raise ValueError(f"the model made NaN or infinite values in {args.dtype}: try --dtype float32")
-    pictures.write(samples, args.out, [f"{args.seed}-{i:05d}" for i in range(args.n)])
+    pictures.write(samples, out, [f"{args.seed}-{i:05d}" for i in range(args.n)])
     calls = len(table) * -(-args.n // args.batch_size)
     print(f"{seconds:.2f} s: {1000 * seconds / calls:.0f} ms a step, {args.n / seconds:.2f} pictures a second")
-    print(args.out)
+    print(out)
 
 
 def _labels(diffusion: Diffusion, args: argparse.Namespace) -> tuple[list[int] | None, float | None]:
-    """The label of each picture and the guidance scale; None for a model without labels."""
+    """The labels that the pictures have in turn and the guidance scale; None for a model without labels."""
     classes = len(diffusion.labels) or diffusion.model.num_classes
     if args.label:
         chosen = [diffusion.label_id(name) for name in args.label]
@@ -121,7 +145,7 @@ def _labels(diffusion: Diffusion, args: argparse.Namespace) -> tuple[list[int] |
     else:
         return None, None
     guided = diffusion.model.null_label is not None
-    return [chosen[i % len(chosen)] for i in range(args.n)], args.guidance if guided else None
+    return chosen, args.guidance if guided else None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Writes a file whole or not at all."""
+"""Writes a file whole or not at all, and what a killed process left of one away."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -22,6 +24,15 @@ def check_writable(path: Path, folder: Path | None = None) -> None:
         raise ValueError(f"cannot write {path}: {e.strerror}") from None
 
 
+def check_folder(path: Path) -> None:
+    """Raise ValueError if a folder cannot be made there, or files cannot be written into it, before any work is done
+    for them."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    check_writable(path, place)
+
+
 def replace(path: Path, data: bytes) -> None:
     """Write data to path: a reader, and whoever looks after a crash, finds the old file or the new one. Raises OSError
     if the disk does, and leaves the old file then."""
@@ -38,3 +49,12 @@ def replace(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(scratch)
         raise
+
+
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+    """Remove what `replace` left in a folder when it was killed, of files of such names. Nobody else may write one
+    of these names meanwhile."""
+    for scratch in folder.glob(".*-????????"):
+        if names.fullmatch(scratch.name[1:-9]):
+            with contextlib.suppress(FileNotFoundError):
+                scratch.unlink()

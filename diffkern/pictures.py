@@ -37,6 +37,13 @@ def image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])
 
 
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, C] with C = 1 or 3 -> the bytes of a PNG."""
+    buffer = io.BytesIO()
+    image(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
 def kind_of(out: Path) -> str:
     """What a path asks for: "png" (a grid), "npy" or "folder". Raises ValueError for another suffix, or for a place
     that cannot be written, before any work is done for it."""
@@ -44,10 +51,7 @@ def kind_of(out: Path) -> str:
     if suffix not in ("", ".png", ".npy") and not out.is_dir():
         raise ValueError(f"cannot write {out}: give a name that ends in .png or .npy, or a folder")
     kind = "folder" if out.is_dir() or not suffix else suffix[1:]
-    place = out if kind == "folder" else out.parent
-    while kind == "folder" and not place.exists():
-        place = place.parent
-    files.check_writable(out, place)
+    (files.check_folder if kind == "folder" else files.check_writable)(out)
     return kind
 
 
@@ -64,8 +68,6 @@ def write(samples: Tensor, out: Path, names: list[str]) -> None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         for name, pixels in zip(names, to_uint8(samples), strict=True):
-            picture = io.BytesIO()
-            image(pixels).save(picture, "png")
-            files.replace(out / f"{name}.png", picture.getvalue())
+            files.replace(out / f"{name}.png", png(pixels))
         return
     files.replace(out, buffer.getvalue())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffkern import files
+from diffkern.identity import changes
 from diffkern.likelihood.result import Likelihood
 
 FORMAT = "diffkern likelihood 1"
@@ -107,9 +108,9 @@ class Record:
             record = cls._read(path)
             before = {"settings": record.settings, **record.data}
             now = {"settings": settings, **{name: data[name] for name in data if name in record.data}}
-            if changes := [c for what, value in now.items() for c in _changes(what, before[what], value)]:
+            if differ := [c for what, value in now.items() for c in _changes(what, before[what], value)]:
                 raise ValueError(
-                    f"{path} holds a run with {' and '.join(changes)}: give another --out, or --restart to replace it"
+                    f"{path} holds a run with {' and '.join(differ)}: give another --out, or --restart to replace it"
                 )
         record.data |= data
         have = {(e.data, e.method) for e in record.entries}
@@ -166,9 +167,9 @@ class Record:
 
 def _changes(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs, in words."""
-    keys = [key for key in (before | now) if before.get(key) != now.get(key)]  # type: ignore[operator]
     if what == "settings":
-        return ["another model" if key == "model" else f"{key} {before.get(key)}, not {now.get(key)}" for key in keys]
+        return changes(before, now)
+    keys = [key for key in (before | now) if before.get(key) != now.get(key)]  # type: ignore[operator]
     if "pictures" in keys:
         return [f"{before.get('pictures')} pictures of {what}, not {now['pictures']}"]
     return [f"other {key} of {what}" for key in keys]

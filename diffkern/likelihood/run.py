@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffkern.data import Pictures
+from diffkern.identity import hash_tensors
 from diffkern.likelihood.ode import ode_log_likelihood
 from diffkern.likelihood.record import Entry, Record
 from diffkern.likelihood.result import Likelihood
@@ -97,13 +98,10 @@ BATCHES = 8  # of a bound between two looks at the file
 
 def identity(diffusion: Diffusion) -> str:
     """What tells this model from others: a SHA-256 of its weights and its schedule."""
-    s, found = diffusion.schedule, hashlib.sha256()
-    found.update(repr((s.prediction, s.path, s.clip, s.sigma_data)).encode())
-    state = diffusion.model.state_dict()
-    for name, tensor in [("alpha_t", s.alpha_t), ("sigma_t", s.sigma_t), *sorted(state.items())]:
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    s = diffusion.schedule
+    found = hashlib.sha256(repr((s.prediction, s.path, s.clip, s.sigma_data)).encode())
+    state = sorted(diffusion.model.state_dict().items())
+    return hash_tensors([("alpha_t", s.alpha_t), ("sigma_t", s.sigma_t), *state], found).hexdigest()
 
 
 def run(

@@ -237,6 +237,10 @@ class Given(nn.Module):
         told = {k: t.repeat(len(timestep), *(1,) * (t.dim() - 1)) for k, t in told.items()}
         return self.model.conditioning(timestep.repeat_interleave(rows), **told)
 
+    def bound(self) -> tuple[Any, ...]:
+        """What makes the model another one than the network alone: tensors in a tree."""
+        return self.prompts, self.told
+
     def unbound(self, batch: int) -> tuple[UNet2DCondition, dict[str, Any]]:
         """The model, and what its prompt makes it be given in each call. Raises ValueError for a batch that the prompts
         cannot be shared out to."""

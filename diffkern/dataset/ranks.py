@@ -1,0 +1,61 @@
+"""The processes of a job: one, or those that torchrun started. They meet in torchrun's store and nowhere else: pictures
+need no sum over processes, so that there is no collective in which a lost one could hold the others up."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, NamedTuple
+
+_calls = count()  # of `join`, in step in all processes: what one job left in the store is not the next one's
+_FAREWELL = 30.0  # seconds
+
+
+class Ranks(NamedTuple):
+    """store: of torch.distributed, with the keys of one job. rank: of this process, of so many."""
+
+    store: Any
+    rank: int
+    world: int
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def of_this_process() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched() else (0, 1)
+
+
+@contextmanager
+def join() -> Iterator[Ranks]:
+    """The processes of a job, for its time. Raises ConnectionError if their store is lost meanwhile."""
+    import torch.distributed as dist
+
+    if not is_launched():
+        yield Ranks(dist.HashStore(), 0, 1)
+        return
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://")))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        ranks = Ranks(dist.PrefixStore(f"diffkern/{attempt}/{next(_calls)}", store), rank, world)
+        yield ranks
+        _part(ranks)
+    except (dist.DistNetworkError, dist.DistStoreError) as e:
+        raise ConnectionError(f"the store of torchrun is lost ({str(e).splitlines()[0]})") from None
+
+
+def _part(ranks: Ranks) -> None:
+    """The store may live in rank 0, which leaves last, or when the others have had the time."""
+    parted = ranks.store.add("parted", 1)
+    until = time.monotonic() + _FAREWELL
+    while ranks.rank == 0 and parted < ranks.world and time.monotonic() < until:
+        time.sleep(0.05)
+        parted = ranks.store.add("parted", 0)
