@@ -1,7 +1,7 @@
 """Kills the processes of `diffkern sample --format` at random moments, and counts what is lost: nothing may be.
 
-    python benchmarks/kill_test.py                   # one process, 50 kills
-    python benchmarks/kill_test.py --processes 2     # of which one is killed at a time; the other goes on
+    python benchmarks/kill_test.py                   # one process, 50 kills, then two, of which one at a time is killed
+    python benchmarks/kill_test.py --processes 8
 
 Every process is a fork of this one, so that a kill costs no start of Python. Several meet in a store as under torchrun;
 the one that was killed is started again, as on a host that comes back. When a job is finished it is compared, byte by
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -93,7 +92,7 @@ class Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model", default="emoji-32")
     parser.add_argument("--format", default="npz")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -109,22 +108,33 @@ def main() -> None:
             begun = time.monotonic()
             Job([*command, "--out", str(whole)], log, 1, 0).until(begun + 600)
             alone = time.monotonic() - begun
-        expected, killed = contents(whole), 0
-        for number in count(1):
-            shutil.rmtree(out, ignore_errors=True)
-            job = Job([*command, "--out", str(out)], log, options.processes, number)
-            while killed < options.kills and not job.until(time.monotonic() + chance.uniform(0, alone)):
-                job.kill_one(chance)
-                killed += 1
-            if not job.until(time.monotonic() + 600):
-                sys.exit("a job did not end")
-            found = contents(out)
-            if found != expected:
-                differ = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
-                sys.exit(f"after {killed} kills these differ: {', '.join(sorted(differ))}")
-            if killed >= options.kills:
-                break
-    print(f"{killed} kills in {number} jobs of {options.processes} processes: 0 lost, 0 twice, all bytes equal")
+        expected = contents(whole)
+        for processes in options.processes:
+            jobs = endure(command, out, log, processes, options.kills, chance, alone, expected)
+            print(f"{options.kills} kills in {jobs} jobs of {processes} processes: 0 lost, 0 twice, all bytes equal")
+
+
+def endure(
+    command: list[str], out: Path, log: Path, processes: int, kills: int, chance: random.Random, alone: float,
+    expected: dict[str, bytes],
+) -> int:  # fmt: skip
+    """Kill so many processes. alone: seconds that a job takes without. Returns how many jobs it took."""
+    killed = number = 0
+    while True:
+        number += 1
+        shutil.rmtree(out, ignore_errors=True)
+        job = Job([*command, "--out", str(out)], log, processes, number)
+        while killed < kills and not job.until(time.monotonic() + chance.uniform(0, alone)):
+            job.kill_one(chance)
+            killed += 1
+        if not job.until(time.monotonic() + 600):
+            sys.exit("a job did not end")
+        found = contents(out)
+        if found != expected:
+            differ = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+            sys.exit(f"after {killed} kills these differ: {', '.join(sorted(differ))}")
+        if killed >= kills:
+            return number
 
 
 if __name__ == "__main__":

@@ -38,11 +38,12 @@ def sample(plan: Plan, out: Path, kind: str, size: int, header: Iterable[str]) -
     except Stopped as e:
         if rank:
             raise SystemExit(e.code) from None
-        raise _explained(e, out) from None
+        e.args = (_kept(plan, out, size),)
+        raise
     except ConnectionError as e:
-        raise ValueError(f"{e}; {_kept(out)}") from None
+        raise ValueError(f"{e}; {_kept(plan, out, size)}") from None
     except OSError as e:
-        raise OSError(e.errno, f"{e.strerror}; {_kept(out)}", e.filename or str(out)) from None
+        raise OSError(e.errno, f"{e.strerror}; {_kept(plan, out, size)}", e.filename or str(out)) from None
     except ValueError:
         if rank:
             raise SystemExit(2) from None
@@ -57,14 +58,7 @@ def sample(plan: Plan, out: Path, kind: str, size: int, header: Iterable[str]) -
         )
 
 
-def _explained(stopped: Stopped, out: Path) -> Stopped:
-    stopped.args = (_kept(out),)
-    return stopped
-
-
-def _kept(out: Path) -> str:
+def _kept(plan: Plan, out: Path, size: int) -> str:
     """What a job leaves that ends early."""
     shards = len(list(out.glob("shard-*.json")))
-    if not shards:
-        return f"no shard is in {out} yet"
-    return f"{shards} shards are kept in {out}: the same command goes on from there"
+    return f"{out} keeps {shards} of {-(-plan.n // size)} shards: the same command goes on from there"
