@@ -24,8 +24,7 @@ import torch
 import torch._dynamo  # which PyTorch reads when a model is made: here once for all processes
 import torch.distributed as dist
 
-from diffkern import cli
-from diffkern.dataset import claims
+from diffkern import claims, cli
 
 LEASE = 1.0  # seconds
 

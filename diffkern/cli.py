@@ -18,9 +18,9 @@ import diffkern
 from diffkern import doctor, files, options, pictures
 from diffkern.dataset import command as dataset
 from diffkern.dataset.plan import Plan
-from diffkern.dataset.ranks import is_launched
 from diffkern.dataset.shards import FORMATS
 from diffkern.models.bundle import Diffusion, load
+from diffkern.ranks import is_launched
 from diffkern.samplers import SAMPLERS, make_table
 from diffkern.schedules import one_of
 from diffkern.stop import Stopped
@@ -103,7 +103,6 @@ def _sample(args: argparse.Namespace) -> None:
     dtype, device = options.dtype_of(args.dtype), options.device_of(args.device)
     if args.format is not None:
         one_of("format", args.format, FORMATS)
-        device = dataset.device_of_rank(device)
     elif is_launched():
         raise ValueError(f"under torchrun give --format: one of {', '.join(FORMATS)}")
     out = args.out or (dataset.OUT if args.format else Path("samples.png"))

@@ -10,6 +10,7 @@ import torch
 from diffkern import doctor
 from diffkern.models.bundle import Diffusion, bundled
 from diffkern.op import BACKENDS, OPS
+from diffkern.ranks import gpu_of_this_process
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,11 +34,14 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def device_of(name: str) -> torch.device:
-    """Raises ValueError, naming the devices here, for another name."""
+    """Without a number a GPU is the process's own, one for each that torchrun starts on a host. Raises ValueError,
+    naming the devices here, for another name, and for a process that none is left for."""
     have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name in ("auto", "cuda") and len(have) > 1:
+        return torch.device("cuda", gpu_of_this_process(len(have) - 1))
     if name == "auto":
-        return torch.device("cuda:0" if len(have) > 1 else "cpu")
-    if name not in have and not (name == "cuda" and len(have) > 1):
+        return torch.device("cpu")
+    if name not in have:
         raise ValueError(f"no device is named {name!r} here: choose one of auto, {', '.join(have)}")
     return torch.device(name)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from sentences import expect_a_sentence
 
 import diffkern
-from diffkern import pictures
+from diffkern import options, pictures
 from diffkern.cli import main
 from diffkern.identity import digest
 from diffkern.models.unet import UNet2D
@@ -342,3 +342,25 @@ def test_the_module_is_the_command(monkeypatch, capsys):
         runpy.run_module("diffkern", run_name="__main__")
     assert ended.value.code == 0
     assert diffkern.__version__ in capsys.readouterr().out
+
+
+def test_every_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert options.device_of("auto") == torch.device("cuda:0")
+    assert taken == [], "alone it changes nothing"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for local in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert options.device_of("auto") == options.device_of("cuda") == torch.device("cuda", local)
+    assert options.device_of("cuda:0") == torch.device("cuda:0"), "what is named is taken"
+    assert taken == [0, 0, 1, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 of this host has no GPU of its own: --nproc-per-node can be 2"):
+        options.device_of("auto")
+
+
+def test_torchrun_without_a_format_is_refused(make, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    expect_a_sentence(lambda: main(["sample"]), "under torchrun give --format: one of npz, png, tar", capsys)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from diffkern.dataset import job, manifest
 from diffkern.dataset.plan import Plan
-from diffkern.dataset.ranks import is_launched, of_this_process
+from diffkern.ranks import of_this_process
 from diffkern.stop import Stopped, on_signals
 
 OUT = Path("samples")
-
-
-def device_of_rank(device: torch.device) -> torch.device:
-    """The GPU of this process, one each, where torchrun started it. Raises ValueError if there are too few."""
-    if not is_launched() or device.type != "cuda":
-        return device
-    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= there:
-        raise ValueError(f"process {local} of this host has no GPU of its own: --nproc-per-node can be {there} at most")
-    return torch.device("cuda", local)
 
 
 def sample(plan: Plan, out: Path, kind: str, size: int, header: Iterable[str]) -> None:
@@ -40,14 +27,12 @@ def sample(plan: Plan, out: Path, kind: str, size: int, header: Iterable[str]) -
             raise SystemExit(e.code) from None
         e.args = (_kept(plan, out, size),)
         raise
-    except ConnectionError as e:
-        raise ValueError(f"{e}; {_kept(plan, out, size)}") from None
-    except OSError as e:
-        raise OSError(e.errno, f"{e.strerror}; {_kept(plan, out, size)}", e.filename or str(out)) from None
-    except ValueError:
+    except (ConnectionError, ValueError) as e:
         if rank:
             raise SystemExit(2) from None
-        raise
+        raise ValueError(f"{e}; {_kept(plan, out, size)}" if isinstance(e, ConnectionError) else f"{e}") from None
+    except OSError as e:
+        raise OSError(e.errno, f"{e.strerror}; {_kept(plan, out, size)}", e.filename or str(out)) from None
     if not rank:
         made, on = done.n - done.kept, f" by {done.processes} processes" if done.processes > 1 else ""
         rate = f", {made / done.seconds:.2f} pictures a second{on}" if made else ""

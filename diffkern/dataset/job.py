@@ -16,12 +16,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from diffkern import files
+from diffkern.claims import Claims
 from diffkern.dataset import manifest
-from diffkern.dataset.claims import Claims
 from diffkern.dataset.plan import Plan
-from diffkern.dataset.ranks import Ranks, join, of_this_process
 from diffkern.dataset.shards import FORMATS, OWN, Folder
 from diffkern.progress import progress_bar
+from diffkern.ranks import Ranks, join, of_this_process
 from diffkern.samplers.step import Model
 from diffkern.samplers.table import Table
 from diffkern.schedules import one_of
@@ -129,7 +129,7 @@ def write(
             bar.show()
             pause()
 
-        claims = Claims(ranks.store, len(folder), idle=wait)
+        claims = Claims(ranks.store, [str(shard) for shard in range(len(folder))], idle=wait)
         with bar:
             for shard in claims:
                 wait()

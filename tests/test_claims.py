@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from diffkern.dataset.claims import Claims
+from diffkern.claims import Claims
 
 LEASE = 60.0
 
@@ -25,7 +25,7 @@ def make_clock(monkeypatch):
 
 
 def worker(store, parts, idle=lambda: None):
-    return Claims(store, parts, idle, LEASE)
+    return Claims(store, [str(part) for part in range(parts)], idle, LEASE)
 
 
 def test_workers_share_parts_out(clock):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -20,20 +20,23 @@ _DONE = "done"
 
 
 class Claims:
-    """One worker's view. idle: called while the worker waits for parts of others, twice a second."""
+    """One worker's view. names: of the parts, the same in every worker. idle: called while the worker waits for parts
+    of others, twice a second."""
 
-    def __init__(self, store: Any, parts: int, idle: Callable[[], None], lease: float | None = None) -> None:
-        self.store, self.parts, self.idle = store, parts, idle
+    def __init__(
+        self, store: Any, names: Sequence[str], idle: Callable[[], None], lease: float | None = None
+    ) -> None:  # fmt: skip
+        self.store, self.names, self.idle = store, names, idle
         self.lease = LEASE if lease is None else lease
-        self.left = set(range(parts))  # not known to be done
+        self.left = set(range(len(names)))  # not known to be done
         self._name, self._beats = uuid.uuid4().hex, count()
         self._seen: dict[int, tuple[str, float]] = {}  # others' last signs of life, and since when they are the last
         self._held = (-1, "", 0.0)
 
     def __iter__(self) -> Iterator[int]:
-        """The parts that this worker is to make, each claimed, until every part is done by whomever. The worker says
-        `done` of each before it takes the next."""
-        while (part := self.store.add("next", 1) - 1) < self.parts:
+        """The numbers of the parts that this worker is to make, each claimed, until every part is done by whomever. The
+        worker says `done` of each before it takes the next."""
+        while (part := self.store.add("next", 1) - 1) < len(self.names):
             if self._claim(part):
                 yield part
         while self.left:
@@ -57,11 +60,11 @@ class Claims:
 
     def is_first(self, part: int) -> bool:
         """Whether this worker is the first to ask this of the part: each part is counted once."""
-        return self.store.add(f"asked {part}", 1) == 1
+        return self.store.add(f"asked {self.names[part]}", 1) == 1
 
     def done(self, part: int) -> None:
         """Say that a part is made, and where all can see it."""
-        self.store.set(f"part {part}", _DONE)
+        self.store.set(f"part {self.names[part]}", _DONE)
         self.left.discard(part)
 
     def _claim(self, part: int) -> bool:
@@ -84,4 +87,4 @@ class Claims:
 
     def _swap(self, part: int, expected: str, desired: str) -> str:
         """What the key holds after it was set to `desired` if it held `expected`."""
-        return self.store.compare_set(f"part {part}", expected, desired).decode()
+        return self.store.compare_set(f"part {self.names[part]}", expected, desired).decode()

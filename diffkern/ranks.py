@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any, NamedTuple
 
+import torch
+
 _calls = count()  # of `join`, in step in all processes: what one job left in the store is not the next one's
 _FAREWELL = 30.0  # seconds
 
@@ -34,6 +36,18 @@ def of_this_process() -> tuple[int, int]:
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched() else (0, 1)
 
 
+def gpu_of_this_process(there: int) -> int:
+    """The number of the GPU that is this process's own, of those that are there; under torchrun it becomes the current
+    one. Raises ValueError if there are too few."""
+    if not is_launched():
+        return 0
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= there:
+        raise ValueError(f"process {local} of this host has no GPU of its own: --nproc-per-node can be {there} at most")
+    torch.cuda.set_device(local)
+    return local
+
+
 @contextmanager
 def join() -> Iterator[Ranks]:
     """The processes of a job, for its time. Raises ConnectionError if their store is lost meanwhile."""
@@ -48,8 +62,8 @@ def join() -> Iterator[Ranks]:
         ranks = Ranks(dist.PrefixStore(f"diffkern/{attempt}/{next(_calls)}", store), rank, world)
         yield ranks
         _part(ranks)
-    except (dist.DistNetworkError, dist.DistStoreError) as e:
-        raise ConnectionError(f"the store of torchrun is lost ({str(e).splitlines()[0]})") from None
+    except (dist.DistNetworkError, dist.DistStoreError):
+        raise ConnectionError("the store of torchrun is lost") from None
 
 
 def _part(ranks: Ranks) -> None:
