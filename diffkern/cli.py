@@ -20,7 +20,7 @@ from diffkern.dataset import command as dataset
 from diffkern.dataset.plan import Plan
 from diffkern.dataset.shards import FORMATS
 from diffkern.models.bundle import Diffusion, load
-from diffkern.ranks import is_launched
+from diffkern.ranks import SaidByFirst, is_launched, of_this_process
 from diffkern.samplers import SAMPLERS, make_table
 from diffkern.schedules import one_of
 from diffkern.stop import Stopped
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(argv).parse_args(argv)
     try:
         return args.run(args) or 0
+    except SaidByFirst:
+        return 2
     except (ValueError, diffkern.BackendError) as e:
         print(f"diffkern {args.command}: {e}", file=sys.stderr)
         return 2
@@ -93,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffkern {args.command}: out of memory: give a smaller --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(f"diffkern {args.command}: stopped; {str(e) or 'nothing was written'}", file=sys.stderr)
+        if of_this_process()[0] == 0:
+            print(f"diffkern {args.command}: stopped; {str(e) or 'nothing was written'}", file=sys.stderr)
         return e.code if isinstance(e, Stopped) else 130
 
 

@@ -16,6 +16,10 @@ _calls = count()  # of `join`, in step in all processes: what one job left in th
 _FAREWELL = 30.0  # seconds
 
 
+class SaidByFirst(ValueError):
+    """The first process of a job has refused it, and says why."""
+
+
 class Ranks(NamedTuple):
     """store: of torch.distributed, with the keys of one job. rank: of this process, of so many."""
 

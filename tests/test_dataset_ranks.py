@@ -7,23 +7,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from folders import CONFIG, SCHEDULER, write_tiny
 
+from diffkern import cli
 from diffkern.models.unet import UNet2D
 
 ROOT = Path(__file__).parent.parent
 
-# A process of a job that has a process group of its own. The second kills itself, once, in the middle of a shard.
+# A process of a job. The second kills itself, once, in the middle of a shard.
 RANK = """
-import os, signal, sys
-import torch.distributed as dist
+import json, os, signal, sys
 from diffkern import cli
 from diffkern.models.unet import UNet2D
-dist.init_process_group("gloo")
-if dist.get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
     forward, calls = UNet2D.forward, []
     def dying(self, *args, **kwargs):
         calls.append(args)
@@ -31,7 +32,7 @@ if dist.get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, *args, **kwargs)
     UNet2D.forward = dying
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(max(cli.main(command) for command in json.loads(sys.argv[1])))
 """
 
 
@@ -39,29 +40,50 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in (".lock", "manifest.json")}
 
 
-def test_torchrun_restarts_a_job_and_its_bytes_are_those_of_one_process(tmp_path):
-    config = CONFIG.__class__(**{**CONFIG.__dict__, "num_class_embeds": None})
+@pytest.fixture(name="one_thread")
+def compute_in_one_thread():
+    """As each process of torchrun does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def scores(path):
+    """What must be equal, to the bit."""
+    value = json.loads(path.read_text())
+    assert value["complete"]
+    return [{key: part for key, part in result.items() if key != "seconds"} for result in value["results"]]
+
+
+def test_torchrun_restarts_a_job_and_its_bytes_are_those_of_one_process(tmp_path, one_thread):
     torch.manual_seed(0)
-    UNet2D(config).save(tmp_path / "tiny", torch.float32)
+    UNet2D(replace(CONFIG, num_class_embeds=None)).save(tmp_path / "tiny", torch.float32)
     (tmp_path / "tiny/scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (tmp_path / "rank.py").write_text(RANK)
-    command = ["sample", "--model", tmp_path / "tiny", "--steps", 2, "-n", 30, "--shard-size", 4, "--batch-size", 2,
-               "--format", "npz", "--device", "cpu", "--out"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def run(*words):
-        done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=env, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def commands(out):
+        on = f"--model {tmp_path}/tiny --device cpu --batch-size 2 --out {tmp_path}/{out}"
+        return [
+            f"sample {on} --steps 2 -n 30 --shard-size 4 --format npz".split(),
+            f"likelihood {on}.json --data noise -n 5 "
+            "--method vlb --method ode --terms 3 --solver heun --steps 2".split(),
+        ]
 
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1, "--monitor-interval", 0.1]
-    said = run(*torchrun, "--standalone", tmp_path / "rank.py", *command, tmp_path / "two")
-    assert "by 2 processes" in said
-    assert said.count("30 pictures in 8 shards, checked") == 1
-    assert "were there before" in said, "what was made before the kill is kept"
-    run("-m", "diffkern", *command, tmp_path / "one")
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.1"
+    done = subprocess.run(
+        [sys.executable, *torchrun.split(), str(tmp_path / "rank.py"), json.dumps(commands("two"))],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("30 pictures in 8 shards, checked") == 1
+    assert "by 2 processes" in done.stdout
+    assert "were there before" in done.stdout, "what was made before the kill is kept"
+    assert done.stdout.count("bits/dim:") == 1, "the first process says it, the other nothing"
+    assert [cli.main(command) for command in commands("one")] == [0, 0]
     assert len(contents(tmp_path / "one")) == 16
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert scores(tmp_path / "two.json") == scores(tmp_path / "one.json")
 
 
 def test_kills_at_random_moments_lose_nothing(tmp_path):

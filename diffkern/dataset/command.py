@@ -15,7 +15,7 @@ OUT = Path("samples")
 
 def sample(plan: Plan, out: Path, kind: str, size: int, header: Iterable[str]) -> None:
     """Make the dataset. header: lines to say first. Raises what `sample_dataset` raises, and Stopped, with what is
-    kept, after a signal; in processes of torchrun but the first SystemExit, so that all is said once."""
+    kept, after a signal."""
     rank, _ = of_this_process()
     if not rank:
         print(*header, sep="\n", flush=True)
@@ -23,14 +23,10 @@ def sample(plan: Plan, out: Path, kind: str, size: int, header: Iterable[str]) -
         with on_signals(None if rank else "diffkern sample: stopping after this shard; again to stop at once") as stop:
             done = job.write(plan, out, kind, size, pause=stop.pause)
     except Stopped as e:
-        if rank:
-            raise SystemExit(e.code) from None
         e.args = (_kept(plan, out, size),)
         raise
-    except (ConnectionError, ValueError) as e:
-        if rank:
-            raise SystemExit(2) from None
-        raise ValueError(f"{e}; {_kept(plan, out, size)}" if isinstance(e, ConnectionError) else f"{e}") from None
+    except ConnectionError as e:
+        raise ValueError(f"{e}; {_kept(plan, out, size)}") from None
     except OSError as e:
         raise OSError(e.errno, f"{e.strerror}; {_kept(plan, out, size)}", e.filename or str(out)) from None
     if not rank:

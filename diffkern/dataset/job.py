@@ -21,7 +21,7 @@ from diffkern.dataset import manifest
 from diffkern.dataset.plan import Plan
 from diffkern.dataset.shards import FORMATS, OWN, Folder
 from diffkern.progress import progress_bar
-from diffkern.ranks import Ranks, join, of_this_process
+from diffkern.ranks import Ranks, SaidByFirst, join, of_this_process
 from diffkern.samplers.step import Model
 from diffkern.samplers.table import Table
 from diffkern.schedules import one_of
@@ -152,7 +152,7 @@ def _opened(
             pause()
             time.sleep(0.1)
         if said := ranks.store.get("opened").decode():
-            raise ValueError(said)
+            raise SaidByFirst(said)
         if not (out / manifest.NAME).is_file():
             raise ValueError(f"rank 0 wrote {out / manifest.NAME}, and it is not here: all hosts must share the folder")
         manifest.check(out, settings)

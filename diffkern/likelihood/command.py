@@ -25,6 +25,7 @@ from diffkern.likelihood.run import METHODS, Settings, run, settings_of
 from diffkern.likelihood.vlb import VARIANCES
 from diffkern.models.bundle import Diffusion, load
 from diffkern.models.unet_condition import UNet2DCondition
+from diffkern.ranks import of_this_process
 from diffkern.samplers import SAMPLERS
 from diffkern.schedules import one_of
 
@@ -91,17 +92,19 @@ def likelihood(args: argparse.Namespace) -> None:
             p.name: {"pictures": len(p), "sha256": p.digest(), "labels": words[p.name], "names": list(p.names)}
             for p in sets
         }
+        batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
         kept = settings_of(diffusion, settings, args.backend)
+        if of_this_process()[0]:  # the first has the record, and says all that there is to say
+            run(diffusion, sets, labels, methods, settings, Record(args.out, diffusion.name, kept, data, []),
+                batch_size=batch_size)  # fmt: skip
+            return
         record = Record.open(args.out, diffusion.name, kept, data, methods, args.restart)
         out = sys.stderr if args.json else sys.stdout
         print(f"{diffusion.name}: {', '.join(_said(p, words[p.name]) for p in sets)}, seed {args.seed}", file=out)
         print(options.machine(diffusion, (*diffusion.model.OPS, "add_noise", "vlb_term"), device), file=out)
         if done := sum(e.done for e in record.entries):
             print(f"{args.out}: goes on after {done} of {sum(e.pictures for e in record.entries)} scores", file=out)
-        run(
-            diffusion, sets, labels, methods, settings, record,
-            batch_size=args.batch_size or (32 if device.type == "cpu" else 256),
-        )  # fmt: skip
+        run(diffusion, sets, labels, methods, settings, record, batch_size=batch_size)
     if args.plot is not None:
         plot.draw(record, diffusion.schedule, args.plot)
     if args.json:

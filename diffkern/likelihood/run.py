@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffkern.claims import Claims
 from diffkern.data import Pictures
 from diffkern.identity import hash_tensors
 from diffkern.likelihood.ode import ode_log_likelihood
+from diffkern.likelihood.parts import Part, Parts
 from diffkern.likelihood.record import Entry, Record
 from diffkern.likelihood.result import Likelihood
 from diffkern.likelihood.vdm import vdm
 from diffkern.likelihood.vlb import vlb
 from diffkern.models.bundle import Diffusion
 from diffkern.progress import progress_bar
+from diffkern.ranks import join
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,11 @@ def run(
     """Score what the record lacks of these sets and methods, and write it after every few pictures.
 
     sets: of distinct names. labels: int64 [n] or None, by the name of the set. methods: of METHODS. batch_size: model
-    evaluations at a time. progress: as for `diffkern.sample`. The figures are the same to the bit whether it was
-    stopped on the way or not. Raises ValueError if one is not finite, and KeyboardInterrupt, with a sentence that says
-    what is kept, if it is stopped."""
+    evaluations at a time. progress: as for `diffkern.sample`. Under torchrun, where it is called in every process, they
+    share the pictures out among themselves; the record of the first is filled and written, those of the others need no
+    entries. The figures are the same to the bit whether it was stopped on the way or not. Raises ValueError if one is
+    not finite, KeyboardInterrupt, with a sentence that says what is kept, if it is stopped, and ConnectionError if the
+    store of torchrun is lost."""
     by_name = {pictures.name: pictures for pictures in sets}
     T = len(diffusion.schedule)
 
@@ -129,25 +134,32 @@ def run(
         return METHODS[entry.method].evaluations(settings, T) * _cost(entry, settings)
 
     left = [e for e in record.entries if e.data in by_name and e.method in methods and not e.complete]
-    if not left:
-        return
     total = sum(weight(entry) * (entry.pictures - entry.done) for entry in left)
     style = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     try:
-        with progress_bar(progress, total=total, bar_format=style) as bar:
-            for entry in left:
-                bar.set_description(f"{entry.data}, {entry.method}", refresh=False)
-                pictures, method = by_name[entry.data], METHODS[entry.method]
-                at_once = BATCHES * batch_size // method.evaluations(settings, T)
-                if method.sequential:
-                    at_once = batch_size // _runs(settings)
-                while not entry.complete:
-                    part = range(entry.done, min(entry.done + max(1, at_once), entry.pictures))
-                    _score(
-                        diffusion, pictures, labels[entry.data], settings, entry, part, batch_size, bar, weight(entry)
-                    )
-                    record.save(now=False)
-        record.save()
+        with join() as ranks:
+            parts = Parts(ranks, record, _todo(left, settings, T, batch_size))
+            shown = False if ranks.rank else progress
+            with progress_bar(shown, total=total, bar_format=style) as bar:
+
+                def gather() -> None:
+                    parts.gather()
+                    done = total - sum(weight(entry) * (entry.pictures - entry.done) for entry in left)
+                    bar.update(max(0, done - bar.n))
+
+                claims = Claims(ranks.store, [part.name for part in parts.todo], idle=gather)
+                for i in claims:
+                    part = parts.todo[i]
+                    bar.set_description(f"{part.data}, {part.method}", refresh=False)
+                    entry = Entry(part.data, part.method, len(part.pictures))
+                    where = by_name[part.data], labels[part.data], part.pictures
+                    _score(diffusion, *where, settings, entry, batch_size, bar, weight(entry), claims)
+                    parts.put(part, entry)
+                    claims.done(i)
+                    gather()
+                gather()
+        if left:
+            record.save()
     except KeyboardInterrupt:
         if not any(entry.done for entry in record.entries):
             raise
@@ -155,9 +167,22 @@ def run(
         raise KeyboardInterrupt(f"what is done is kept in {record.path}: the same command goes on from there") from None
 
 
+def _todo(left: Sequence[Entry], settings: Settings, T: int, batch_size: int) -> list[Part]:
+    """The pictures that the entries lack, a few at a time."""
+    parts = []
+    for entry in left:
+        method = METHODS[entry.method]
+        at_once = BATCHES * batch_size // method.evaluations(settings, T)
+        if method.sequential:
+            at_once = batch_size // _runs(settings)
+        for start in range(entry.done, entry.pictures, max(1, at_once)):
+            parts.append(Part(entry.data, entry.method, start, min(start + max(1, at_once), entry.pictures)))
+    return parts
+
+
 def _score(
-    diffusion: Diffusion, pictures: Pictures, labels: Tensor | None, settings: Settings, entry: Entry, part: range,
-    batch_size: int, bar: Any, weight: int,
+    diffusion: Diffusion, pictures: Pictures, labels: Tensor | None, part: range, settings: Settings, entry: Entry,
+    batch_size: int, bar: Any, weight: int, claims: Claims,
 ) -> None:  # fmt: skip
     """Add a part of the pictures to an entry."""
     method = METHODS[entry.method]
@@ -169,6 +194,7 @@ def _score(
         nonlocal evaluations
         evaluations += samples
         bar.update(min(cost * samples, end - bar.n))
+        claims.is_wanted()
 
     where = slice(part.start, part.stop)
     T = len(diffusion.schedule)
