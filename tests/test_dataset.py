@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -24,11 +25,12 @@ from PIL import Image
 from sentences import expect_a_sentence
 
 import diffkern
-from diffkern import options, pictures
+from diffkern import cli, options, pictures
 from diffkern.cli import main
 from diffkern.identity import digest
 from diffkern.models.unet import UNet2D
 
+ROOT = Path(__file__).parent.parent
 N, SIZE = 10, 4  # samples, and of them in a shard: the last has 2
 SHARDS = ["shard-00000", "shard-00001", "shard-00002"]
 
@@ -364,3 +366,17 @@ def test_every_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
 def test_torchrun_without_a_format_is_refused(make, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     expect_a_sentence(lambda: main(["sample"]), "under torchrun give --format: one of npz, png, tar", capsys)
+
+
+def test_the_page_on_datasets_tells_the_truth(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "many.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    join, draw = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(draw, {})
+    assert capsys.readouterr().out.startswith("8 2 0\n")
+    exec(join, {})
+    assert np.load("emoji.npz")["arr_0"].shape == (8, 32, 32, 3)
+    settings = json.loads(Path("emoji/manifest.json").read_text())["settings"]
+    assert [name for name in settings if name not in page.replace("-", " ")] == []
+    for command in re.findall(r"diffkern (?:sample|likelihood) [^\n]*", page):
+        cli._parser().parse_args(command.split()[1:])
