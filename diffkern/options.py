@@ -54,16 +54,21 @@ def at_least(low: int, **values: int) -> None:
             raise ValueError(f"{option} must be at least {low}, not {value}")
 
 
-def machine(diffusion: Diffusion, ops: Iterable[str], device: torch.device) -> str:
-    """The line that says on what a model runs: the device, the dtype and which backend each op will take, asked with a
-    call of the size of one sample. The first question also builds the native library if need be, so that its time is
-    not counted as the model's."""
+def backends(ops: Iterable[str], device: torch.device, dtype: torch.dtype) -> str:
+    """Which backend each op will take, asked with a call of the size of one sample; one name if it is one for all."""
     taken = {}
-    dtype = next(diffusion.model.parameters()).dtype
     for name in ops:
         call = next(s for s in OPS[name].make_samples(device.type, dtype))
         taken[name] = OPS[name].choose(call.args()).name
-    backends = ", ".join(f"{op} {backend}" for op, backend in taken.items())
     if len(set(taken.values())) == 1:
-        backends = next(iter(taken.values()))
-    return f"{doctor.device_name(device)}, {str(dtype).removeprefix('torch.')}, backends: {backends}"
+        return next(iter(taken.values()))
+    return ", ".join(f"{op} {backend}" for op, backend in taken.items())
+
+
+def machine(diffusion: Diffusion, ops: Iterable[str], device: torch.device) -> str:
+    """The line that says on what a model runs: the device, the dtype and the backends. The first question also builds
+    the native library if need be, so that its time is not counted as the model's."""
+    dtype = next(diffusion.model.parameters()).dtype
+    return (
+        f"{doctor.device_name(device)}, {str(dtype).removeprefix('torch.')}, backends: {backends(ops, device, dtype)}"
+    )

@@ -181,7 +181,7 @@ CHANGES = {
     ("--guidance", "2"): "guidance 3.0, not 2.0",
     ("--batch-size", "4"): "batch size 2, not 4",
     ("--batch-invariant",): "batch invariant False, not True and batch size 2, not None",
-    ("--backend", "reference"): "backend auto, not reference",
+    ("--backend", "reference"): "backend cpu, not reference",
     ("-n", "11"): "n 10, not 11",
     ("--format", "tar"): "format npz, not tar",
     ("--shard-size", "5"): "shard size 4, not 5",

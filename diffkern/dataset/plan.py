@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import diffkern
-from diffkern import pictures
+from diffkern import options, pictures
 from diffkern.identity import digest, hash_tensors
-from diffkern.op import forced_backend
 from diffkern.samplers.loop import sample
 from diffkern.samplers.step import Model, placement
 from diffkern.samplers.table import Table
@@ -118,6 +117,7 @@ class Plan:
         start = f"{self.table.init_scale}".encode()
         shape = self.shape if self.shape is not None else self.model.sample_shape  # type: ignore[attr-defined]
         null = self.null_label if self.null_label is not None else getattr(self.model, "null_label", None)
+        device, dtype = placement(self.model)
         return {
             "model": digest(self.model),
             "decode": None if self.decode is None else digest(self.decode),
@@ -127,11 +127,11 @@ class Plan:
             "shape": list(shape),
             "seed": self.seed,
             "labels": self.cycle,
-            "guidance": self.guidance,
+            "guidance": None if self.guidance is None else float(self.guidance),
             "null label": null,
             "dtype": self.dtype,
-            "device": self.device.type,
-            "backend": forced_backend() or "auto",
+            "device": device.type,
+            "backend": options.backends(("randn", *getattr(self.model, "OPS", ()), "sampler_step"), device, dtype),
             "batch invariant": self.batch_invariant,
             "batch size": None if self.batch_invariant else self.batch_size,
             "n": self.n,
