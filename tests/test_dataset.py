@@ -21,6 +21,7 @@ import pytest
 import torch
 from filelock import FileLock
 from folders import write_tiny
+from graphs import make_prompted
 from PIL import Image
 from sentences import expect_a_sentence
 
@@ -336,6 +337,9 @@ def test_a_model_is_known_by_what_it_computes(tiny, folder):
         again.conv_in.weight[0, 0, 0, 0] += 1e-6
     assert digest(again) != digest(model)
     assert digest(np.sin) != digest(np.cos)
+    prompted, prompt = make_prompted()
+    assert digest(prompted.given(prompt)) == digest(prompted.given(prompt.clone()))
+    assert digest(prompted.given(prompt)) != digest(prompted.given(-prompt))
 
 
 def test_the_module_is_the_command(monkeypatch, capsys):

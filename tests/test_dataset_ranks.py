@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from folders import CONFIG, SCHEDULER, write_tiny
 
 from diffkern import cli
+from diffkern.dataset import job, manifest
+from diffkern.likelihood.parts import Part, Parts
+from diffkern.likelihood.record import Record
 from diffkern.models.unet import UNet2D
+from diffkern.ranks import Ranks, SaidByFirst
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,6 +89,31 @@ def test_torchrun_restarts_a_job_and_its_bytes_are_those_of_one_process(tmp_path
     assert len(contents(tmp_path / "one")) == 16
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert scores(tmp_path / "two.json") == scores(tmp_path / "one.json")
+
+
+def test_a_process_that_is_not_like_the_first_is_refused(tmp_path):
+    """As on a host with another checkpoint, or another disk."""
+
+    def join(said, settings):
+        store = dist.HashStore()
+        store.set("opened", said)
+        with job._opened(Ranks(store, 1, 2), tmp_path, settings, torch.device("cpu"), lambda: None):
+            pass
+
+    with pytest.raises(ValueError, match=r"manifest\.json, and it is not here: all hosts must share the folder"):
+        join("", {"seed": 0})
+    manifest.write(tmp_path, {"seed": 0}, torch.device("cpu"))
+    join("", {"seed": 0})
+    with pytest.raises(ValueError, match="holds a dataset with seed 0, not 1"):
+        join("", {"seed": 1})
+    with pytest.raises(SaidByFirst, match="no room"):
+        join("no room", {"seed": 0})
+
+    store, path, part = dist.HashStore(), tmp_path / "likelihood.json", Part("noise", "vlb", 0, 3)
+    Parts(Ranks(store, 0, 2), Record(path, "tiny", {"seed": 0}, {}, []), [part])
+    assert Parts(Ranks(store, 1, 2), Record(path, "tiny", {"seed": 0}, {}, []), []).todo == [part]
+    with pytest.raises(ValueError, match="process 1 differs from the first, which has seed 0, not 1"):
+        Parts(Ranks(store, 1, 2), Record(path, "tiny", {"seed": 1}, {}, []), [])
 
 
 def test_kills_at_random_moments_lose_nothing(tmp_path):

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Plan:
             raise ValueError("labels must be one label or several, not none")
         self.draw(range(0))
 
-    @property
+    @cached_property
     def cycle(self) -> list[int] | None:
         """The labels that the samples have in turn."""
         if self.labels is None:
