@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def start(command: list[str], log: Path, env: dict[str, str]) -> int:
         torch.set_num_threads(1)
         claims.LEASE = LEASE
         code = cli.main(command)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(code)
 
 
@@ -72,7 +76,8 @@ class Job:
             if pid:
                 del self.running[pid]
                 if status:
-                    raise RuntimeError(f"a process failed:\n{self.log.read_text()}")
+                    code = os.waitstatus_to_exitcode(status)
+                    raise RuntimeError(f"a process ended with {code}:\n{self.log.read_text()}")
             elif time.monotonic() > moment:
                 return False
             else:
