@@ -72,8 +72,8 @@ def join() -> Iterator[Ranks]:
 
 def _part(ranks: Ranks) -> None:
     """The store may live in rank 0, which leaves last, or when the others have had the time."""
-    parted = ranks.store.add("parted", 1)
+    ranks.store.set(f"parted {ranks.rank}", "")
+    all_of_them = [f"parted {rank}" for rank in range(ranks.world)]
     until = time.monotonic() + _FAREWELL
-    while ranks.rank == 0 and parted < ranks.world and time.monotonic() < until:
+    while ranks.rank == 0 and not ranks.store.check(all_of_them) and time.monotonic() < until:
         time.sleep(0.05)
-        parted = ranks.store.add("parted", 0)
