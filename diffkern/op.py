@@ -126,11 +126,13 @@ class Op:
         self.signature = inspect.signature(self.reference)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
         self.positions = {name: i for i, name in enumerate(self.signature.parameters)}
+        given = self.signature.parameters.values()
+        self.required = [i for i, parameter in enumerate(given) if parameter.annotation == "Tensor"]
         # Defaults are filled in by __call__: the dispatcher would drop trailing arguments that equal theirs.
         schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(self.reference, mutates_args=()))
         _LIBRARY.define(self.name + schema)
         _LIBRARY.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"diffkern::{self.name}", self.reference, lib=_LIBRARY)
+        torch.library.register_fake(f"diffkern::{self.name}", self._fake, lib=_LIBRARY)
         self.overload = getattr(torch.ops.diffkern, self.name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +222,18 @@ class Op:
         have = ", ".join(b.name for b in self.all_backends())
         raise BackendError(f"{self.name}: backend {forced!r} was forced but this op has only: {have}")
 
+    def _fake(self, *args: Any) -> Any:
+        """The reference, asked for shapes only. Beside a meta tensor PyTorch takes a real one for a meta one, and makes
+        tensors of memory that nobody has written to."""
+        devices = {a.device.type for a in args if isinstance(a, Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            raise ValueError(f"{self.name}: the tensors must be on one device, got {' and '.join(sorted(devices))}")
+        return self.reference(*args)
+
     def _dispatch(self, *args: Any) -> Any:
+        for i in self.required:  # a schema takes None for any tensor
+            if args[i] is None:
+                raise TypeError(f"{self.name}: {list(self.positions)[i]} must be a tensor, got None")
         chosen = self.choose(args)
         if self.invariantly is not None and invariant.is_on():
             return self.invariantly(chosen, *args)

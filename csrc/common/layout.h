@@ -73,7 +73,8 @@ inline Tensor uninitialised(const std::vector<int64_t>& shape, ScalarType dtype,
   int64_t stride = 1;
   const auto stride_at = [&](size_t axis) {
     strides[axis] = stride;
-    stride *= std::max<int64_t>(shape[axis], 1);
+    check(!__builtin_mul_overflow(stride, std::max<int64_t>(shape[axis], 1), &stride),
+          "diffkern: no memory is large enough for a result of the shape ", shape_of(shape));
   };
   if (channels_last) {
     for (const size_t axis : {1, 3, 2, 0}) {

@@ -14,10 +14,12 @@ Tensor randn(const Tensor& keys, std::vector<int64_t> shape, int64_t draw, Scala
   int64_t n = 1;
   for (const int64_t size : shape) {
     check(size >= 0, kOp, ": shape has the size ", size, ", allowed are 0 and above");
-    n *= size;
   }
   shape.insert(shape.begin(), batch);
-  Tensor out = empty(shape, dtype);
+  Tensor out = empty(shape, dtype);  // first: it refuses more elements than can be counted
+  for (size_t i = 1; i < shape.size(); ++i) {
+    n *= shape[i];
+  }
   if (batch * n == 0) {
     return out;
   }

@@ -16,13 +16,14 @@ Tensor timestep_embedding(const Tensor& timestep, int64_t dim, bool flip_sin_to_
                           double max_period) {
   check(timestep.dim() == 1 && timestep.is_contiguous(), kOp, ": timestep must be [B], got ", shape_of(timestep));
   check(dim >= 0, kOp, ": dim is ", dim, ", allowed are 0 and above");
+  check(max_period > 0, kOp, ": max_period is ", max_period, ", allowed are numbers above 0");
   const int64_t batch = timestep.size(0), half = dim / 2;
-  std::vector<double> turns(half);  // per unit of time
+  Tensor result = empty({batch, dim}, ScalarType::Float);  // first: it refuses what is too large for the memory
+  std::vector<double> turns(half);                         // per unit of time
   for (int64_t i = 0; i < half; ++i) {
     const double exponent = static_cast<double>(i) / (static_cast<double>(half) - freq_shift);
     turns[i] = std::exp(-std::log(max_period) * exponent) / 6.283185307179586;
   }
-  Tensor result = empty({batch, dim}, ScalarType::Float);
   float* out = data_of<float>(result);
   with_dtype(kOp, timestep.scalar_type(), [&]<class T>(T*) {
     const T* times = static_cast<const T*>(timestep.const_data_ptr());

@@ -27,7 +27,7 @@ def add_noise(
     x0: [B, ...]. timestep: int64 [B], row of alpha_sigma. alpha_sigma: float32 [T, 2]. keys: int64 [B, 2].
     Returns (x_t, epsilon), both with the shape, dtype and layout of x0; epsilon is empty unless return_noise."""
     acc, layout = accumulate(x0.dtype), memory_format(x0)
-    alpha, sigma = alpha_sigma[timestep].to(acc).unbind(-1)
+    alpha, sigma = alpha_sigma.index_select(0, timestep).to(acc).unbind(-1)
     noise = normal(keys, x0.shape[1:], draw, acc)
     x_t = per_sample(alpha, x0) * x0.to(acc) + per_sample(sigma, x0) * noise
     x_t = x_t.to(x0.dtype).contiguous(memory_format=layout)

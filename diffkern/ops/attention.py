@@ -23,11 +23,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask:
     key gets zeros. Returns [B, S, H D], contiguous."""
     acc = accumulate(q.dtype)
     query, key, value = (t.to(acc).transpose(1, 2) for t in (q, k, v))
-    scores = query @ key.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query @ key.mT * _scale(q, scale)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(acc)
     weights = torch.softmax(scores, -1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
-    return (weights @ value).transpose(1, 2).flatten(2).to(q.dtype)
+    return (weights @ value).transpose(1, 2).flatten(2).to(q.dtype).contiguous()
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return max(1, q.shape[-1]) ** -0.5 if scale is None else scale
 
 
 def _supports(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> bool | str:
@@ -61,8 +65,7 @@ def _defers(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor |
 
 @attention.backend("cpu", devices=("cpu",), supports=_supports, strided=True, defers=_defers)
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.diffkern_C.attention(*_rows(q, k, v), factor, _everywhere(mask, q, k))
+    return torch.ops.diffkern_C.attention(*_rows(q, k, v), _scale(q, scale), _everywhere(mask, q, k))
 
 
 def _defers_to_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> str | None:
@@ -87,7 +90,7 @@ def _defers_to_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask:
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
     from diffkern.kernels.attention import attention as kernel
 
-    return kernel(*_rows(q, k, v), q.shape[-1] ** -0.5 if scale is None else scale, _everywhere(mask, q, k))
+    return kernel(*_rows(q, k, v), _scale(q, scale), _everywhere(mask, q, k))
 
 
 @attention.gradient

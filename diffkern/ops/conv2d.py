@@ -63,14 +63,20 @@ def _convolve(
     return y if residual is None else y + residual
 
 
+def _one_dtype(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
+    residual: Tensor | None, activation: str, upsample: bool,
+) -> bool | str:  # fmt: skip
+    same = all(t is None or t.dtype == x.dtype for t in (weight, bias, add, residual))
+    return same or "takes tensors of one dtype"
+
+
 def _supports(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,
 ) -> bool | str:  # fmt: skip
-    for t in (weight, bias, add, residual):
-        if t is not None and t.dtype != x.dtype:
-            return "takes tensors of one dtype"
-    return fast_dtype(x.dtype)
+    same = _one_dtype(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    return fast_dtype(x.dtype) if same is True else same
 
 
 def _check(
@@ -129,7 +135,7 @@ def _(
     if left != right or top != bottom:  # oneDNN could, PyTorch does not ask it to
         x, left, top = F.pad(x, sides), 0, 0
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()  # oneDNN reads it as if it were
     if quarters:
         y = _upsampled(x, weight, bias, dtype)
     else:
@@ -213,7 +219,7 @@ def _(
 
 
 @conv2d.gradient
-@conv2d.backend("torch", devices=("cpu", "cuda"), strided=True)
+@conv2d.backend("torch", devices=("cpu", "cuda"), supports=_one_dtype, strided=True)
 def compose(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,

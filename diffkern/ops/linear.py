@@ -68,13 +68,18 @@ def linear(
     return y.to(x.dtype).contiguous()
 
 
+def _one_dtype(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> bool | str:
+    same = all(t is None or t.dtype == x.dtype for t in (weight, bias, residual, gate))
+    return same or "takes tensors of one dtype"
+
+
 def _supports(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> bool | str:
-    for t in (weight, bias, residual, gate):
-        if t is not None and t.dtype != x.dtype:
-            return "takes tensors of one dtype"
-    return fast_dtype(x.dtype)
+    same = _one_dtype(x, weight, bias, activation, residual, gate)
+    return fast_dtype(x.dtype) if same is True else same
 
 
 def _check(
@@ -142,7 +147,8 @@ def multiply(
         rows = rows.reshape(1, k).expand(2, k)
         residual = None if residual is None else residual.reshape(1, -1).expand(2, -1)
     rows = rows if rows.is_contiguous() else rows.contiguous()
-    residual, gate = (t if t is None or t.is_contiguous() else t.contiguous() for t in (residual, gate))
+    # The bias too: oneDNN reads one as if its numbers lay side by side.
+    bias, residual, gate = (t if t is None or t.is_contiguous() else t.contiguous() for t in (bias, residual, gate))
     fused = dtype == x.dtype and gate is None
     if fused and residual is None and activation in _POST_OPS:
         y = product(rows, copy, bias, *_POST_OPS[activation])
@@ -178,7 +184,7 @@ def _(
 
 
 @linear.gradient
-@linear.backend("torch", devices=("cpu", "cuda"), strided=True)
+@linear.backend("torch", devices=("cpu", "cuda"), supports=_one_dtype, strided=True)
 def compose(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> Tensor:

@@ -36,10 +36,13 @@ def query_key_value(
     return torch.stack(each, -2).to(x.dtype)
 
 
+def _one_dtype(x: Tensor, *parameters: Tensor | None) -> bool | str:
+    return all(t is None or t.dtype == x.dtype for t in parameters) or "takes tensors of one dtype"
+
+
 def _supports(x: Tensor, *parameters: Tensor | None) -> bool | str:
-    if any(t is not None and t.dtype != x.dtype for t in parameters):
-        return "takes tensors of one dtype"
-    return fast_dtype(x.dtype)
+    same = _one_dtype(x, *parameters)
+    return fast_dtype(x.dtype) if same is True else same
 
 
 def _check(x: Tensor, *parameters: Tensor | None) -> list[int]:
@@ -99,7 +102,7 @@ def _(
     return kernel(x.contiguous(), weight, bias, "none", None, None).view(shape)
 
 
-@query_key_value.backend("torch", devices=("cpu", "cuda"), strided=True)
+@query_key_value.backend("torch", devices=("cpu", "cuda"), supports=_one_dtype, strided=True)
 def _(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
     v_bias: Tensor | None,

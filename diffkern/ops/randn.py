@@ -90,10 +90,13 @@ def randn(keys: Tensor, shape: list[int], draw: int = 0, dtype: torch.dtype = to
     keys: int64 [B, 2] of (seed, sample id), see `noise_keys`. shape: of one sample. draw: which noise of the sample
     (`Draw` + index). offset: the element of the sample's stream to start at.
     Returns [B, *shape] of dtype, contiguous."""
+    torch._check(offset >= 0, lambda: f"offset is {offset}, allowed are 0 and above")
     return normal(keys, shape, draw, torch.promote_types(dtype, torch.float32), offset).to(dtype).contiguous()
 
 
 def _supports(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> bool | str:
+    if offset > 1 << 62:  # with the elements added it would be no 64-bit number
+        return "takes an offset up to 2^62"
     return fast_dtype(dtype)
 
 

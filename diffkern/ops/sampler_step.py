@@ -57,7 +57,8 @@ def sampler_step(
     if results is None:
         results = _by_default(base, h0)
     state, acc = x.dtype, accumulate(x.dtype)
-    x, m, r, c_in = x.to(acc), model_output.to(acc), table[row].to(acc), table[row + 1, C_IN].to(acc)
+    x, m, r = x.to(acc), model_output.to(acc), table.index_select(0, row).to(acc)
+    c_in = table.index_select(0, row + 1)[:, C_IN].to(acc)
     if guidance is not None:
         m_u, m_c = m.chunk(2)
         m = m_u + per_sample(guidance.to(acc), x) * (m_c - m_u)

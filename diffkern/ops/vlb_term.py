@@ -46,7 +46,7 @@ def vlb_term(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, times
         given = model_output.shape[1]
         raise RuntimeError(f"vlb_term: model_output must have {channels} or {2 * channels} channels, got {given}")
     m, v = model_output[:, :channels].to(acc), model_output[:, channels:].to(acc)
-    columns = (per_sample(column, x0) for column in table[timestep].to(acc)[:, : BIN + 1].unbind(1))
+    columns = (per_sample(column, x0) for column in table.index_select(0, timestep).to(acc)[:, : BIN + 1].unbind(1))
     a, b, clip, c1, k0, var, logvar_min, logvar, width = columns
     if v.shape[1]:
         logvar = logvar_min + (v + 1) / 2 * (logvar - logvar_min)
