@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 SIZES = (0, 1, 2, 3, 7, 16, 17, 33, 64)
+MOST = 1 << 17  # elements of a tensor
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.uint8,
     torch.bool, torch.complex64,
@@ -50,7 +51,9 @@ WRONG: tuple[Any, ...] = (
 
 
 def _resized(x: Tensor, axis: int, size: int) -> Tensor:
-    """x with another size of one axis, its values repeated."""
+    """x with another size of one axis, its values repeated, unless that makes too many."""
+    if x.numel() * size > MOST * max(1, x.shape[axis]):
+        return x
     if not x.shape[axis]:
         return x.new_ones([size if i == axis else n for i, n in enumerate(x.shape)])
     return x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
