@@ -3,8 +3,9 @@ benchmarks/results/sanitizers.json:
 
     python tests/sanitize_cpu.py [--cache DIR]      (Linux, GCC; some minutes, most of them to compile)
 
-The first finding ends the run. Leaks are not looked for: Python itself never frees all of its memory. Triton's kernels
-and the references, which are not in that library, are left out.
+The first finding ends the run, and no record is written. Leaks are not looked for: Python itself never frees all of its
+memory. Triton's kernels and the references, which are not in that library, are left out. With -O1 GCC fuses no products
+with sums: tests of the last digits may fail, and are named in the record.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "sanitizers.json"
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:strict_string_checks=1",
+    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:strict_string_checks=1",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
 TESTS = ("ops", "fuzz", "arguments", "winograd", "packing", "vlb_term")
@@ -66,7 +67,8 @@ def main() -> int:
         loads = "from diffkern import native; import sys; sys.exit(native.why_not('cpu'))"
         subprocess.run([sys.executable, "-c", loads], env=environment, check=True)
         files = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "-k", LEFT_OUT, *files]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+        command = [*pytest, "-k", LEFT_OUT, *files]
         print(" ".join(command), flush=True)
         run = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert run.stdout is not None
@@ -74,10 +76,9 @@ def main() -> int:
         for line in run.stdout:
             print(line, end="", flush=True)
             lines.append(line)
-        if run.wait():
-            return run.returncode
-    passed = re.search(r"(\d+) passed", lines[-1])
-    assert passed is not None
+        passed = re.search(r"(\d+) passed", lines[-1]) if run.wait() in (0, 1) else None
+    if passed is None:
+        return run.returncode or 1
     record = {
         "commit": output("git", "rev-parse", "HEAD") + (" and changes" if changed else ""),
         "date": date.today().isoformat(),
@@ -91,6 +92,7 @@ def main() -> int:
         "tests": [f"test_{name}.py" for name in TESTS],
         "left out": LEFT_OUT,
         "passed": int(passed[1]),
+        "failed": [line.split()[1] for line in lines if line.startswith("FAILED ")],
         "findings": 0,
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
