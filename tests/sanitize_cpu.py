@@ -67,7 +67,7 @@ def main() -> int:
         loads = "from diffkern import native; import sys; sys.exit(native.why_not('cpu'))"
         subprocess.run([sys.executable, "-c", loads], env=environment, check=True)
         files = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
-        pytest = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+        pytest = [sys.executable, "-m", "pytest", "-rf", "-p", "no:cacheprovider"]
         command = [*pytest, "-k", LEFT_OUT, *files]
         print(" ".join(command), flush=True)
         run = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
