@@ -279,6 +279,9 @@ _SAMPLER = (
 # fmt: on
 
 
+_LONGEST = 1_000_000  # timesteps: a thousand times what is usual, and no strain on any memory
+
+
 def from_diffusers_config(config: Mapping[str, Any]) -> Schedule:
     """The schedule of a diffusers scheduler_config.json. Keys that choose the sampler are left to the sampler.
 
@@ -298,6 +301,8 @@ def from_diffusers_config(config: Mapping[str, Any]) -> Schedule:
         return default if value is None else value
 
     T = int(get("num_train_timesteps", 1000))
+    if T > _LONGEST:
+        raise ValueError(f"num_train_timesteps is {T}, allowed are up to {_LONGEST}")
     options: dict[str, Any] = {"steps_offset": int(get("steps_offset", 0))}
     if get("use_karras_sigmas", False) or get("use_exponential_sigmas", False):
         options["spacing"] = "karras" if get("use_karras_sigmas", False) else "exponential"

@@ -74,10 +74,10 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     config = read_json(scheduler / "scheduler_config.json")
     try:
         schedule = from_diffusers_config(config)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, OverflowError) as e:
         raise ModelError(f"{scheduler / 'scheduler_config.json'}: {e}") from None
     class_name = read_json(network / "config.json").get("_class_name", "UNet2DModel")
-    if class_name not in MODELS:
+    if not isinstance(class_name, str) or class_name not in MODELS:
         raise ModelError(f"{network} holds a {class_name}: allowed here is {', '.join(MODELS)}")
     model = MODELS[class_name].from_folder(network, dtype, device)
     labels: tuple[str, ...] = ()

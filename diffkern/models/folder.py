@@ -21,8 +21,16 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+_LARGEST_JSON = 1 << 24  # bytes; an index of weights, which is larger than any config, has some hundred thousand
+
+
 class ModelError(ValueError):
-    """A model folder that cannot be used. The message is one sentence that says what is wrong and where."""
+    """A model folder that cannot be used. The message is one sentence that says what is wrong and where; of what the
+    folder's files say, which may be any text, as much as a sentence has room for."""
+
+    def __str__(self) -> str:
+        text = super().__str__().replace("\n", " ")
+        return text if len(text) <= 500 else f"{text[:500]} ..."
 
 
 def check_choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -51,8 +59,12 @@ def check_type(key: str, value: Any, annotation: str, low: int = 0) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ModelError if it is missing or no JSON object."""
+    """A JSON object from a file. Raises ModelError if it is missing, no JSON object or far too large for a config."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"cannot read {path}: it is not a file")
     try:
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise ModelError(f"{path} has {size} bytes, which is no config: allowed are {_LARGEST_JSON}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ModelError(f"cannot read {path}: {e.strerror}") from None
