@@ -53,9 +53,19 @@ def _load(library: str) -> str | None:
     try:
         path = _ahead_of_time(library) or _cached_or_built(_recipe(library))
         torch.ops.load_library(str(path))
+        if library == "cpu":
+            os.register_at_fork(after_in_child=_one_thread)
     except (OSError, RuntimeError) as error:  # torch raises either for a library that does not load
         return f"the {library} library: {error}"
     return None
+
+
+def _one_thread() -> None:
+    """In the child of a fork OpenMP waits for threads that stayed behind, for ever: there PyTorch is left with one, as
+    it leaves its own DataLoader's."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _no_gpu() -> str | None:
