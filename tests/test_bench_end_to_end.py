@@ -47,7 +47,7 @@ class _Here:
 def make_small(tmp_path, monkeypatch):
     """A small network to be timed, in this process."""
     monkeypatch.chdir(tmp_path)
-    network = networks._network(
+    network = networks.network(
         "a UNet, 2 pictures of 16 x 16", "UNet2DModel", UNET, lambda: (torch.randn(2, 3, 16, 16), torch.arange(2))
     )
     monkeypatch.setitem(networks.NETWORKS, "small", network)

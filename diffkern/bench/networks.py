@@ -42,6 +42,13 @@ CIFAR: dict[str, Any] = {
     "freq_shift": 1,
     "norm_eps": 1e-6,
 }
+DIT: dict[str, Any] = {
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "num_layers": 12,
+    "out_channels": 8,
+    "sample_size": 32,
+}
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 VAE: dict[str, Any] = {
     "sample_size": 512,
@@ -128,7 +135,7 @@ def _random(kind: str, config: dict[str, Any]) -> Callable[[Path], None]:
     return make
 
 
-def _network(what: str, kind: str, config: dict[str, Any], inputs: Callable[[], tuple[Tensor, ...]],
+def network(what: str, kind: str, config: dict[str, Any], inputs: Callable[[], tuple[Tensor, ...]],
              method: str = "forward") -> Network:  # fmt: skip
     """A call of one network. inputs: made of float32 and integers."""
 
@@ -212,25 +219,25 @@ class Emoji:
 
 
 NETWORKS: dict[str, Network] = {
-    "cifar": _network(
+    "cifar": network(
         "CIFAR-10 DDPM UNet, 8 pictures of 32 x 32, one call",
         "UNet2DModel",
         CIFAR,
         lambda: (torch.randn(8, 3, 32, 32), torch.arange(8) * 100),
     ),
-    "dit": _network(
+    "dit": network(
         "DiT-S/2, 4 latents of 32 x 32, one call",
         "DiTTransformer2DModel",
-        {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 12, "out_channels": 8, "sample_size": 32},
+        DIT,
         lambda: (torch.randn(4, 4, 32, 32), torch.arange(4) * 100, torch.arange(4)),
     ),
-    "sd15": _network(
+    "sd15": network(
         "Stable Diffusion 1.5 UNet, 2 latents of 64 x 64, 77 tokens, one call",
         "UNet2DConditionModel",
         SD15,
         lambda: (torch.randn(2, 4, 64, 64), torch.tensor([500, 500]), torch.randn(2, 77, 768)),
     ),
-    "vae": _network(
+    "vae": network(
         "Stable Diffusion 1.5 VAE, a latent of 64 x 64 decoded, one call",
         "AutoencoderKL",
         VAE,
