@@ -8,6 +8,7 @@ from diffkern.bench import (
     all_command,
     cold_start,
     compare_command,
+    curves_command,
     end_to_end_command,
     ops_command,
     report_command,
@@ -16,6 +17,7 @@ from diffkern.bench import (
 PARTS = {
     "ops": ops_command,
     "end-to-end": end_to_end_command,
+    "curves": curves_command,
     "cold-start": cold_start,
     "all": all_command,
     "compare": compare_command,
@@ -26,7 +28,7 @@ PARTS = {
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.description = "Time ops against what else there is, and compare the records that benchmarks write."
+    parser.description = "Time diffkern against what else there is, and compare the records that benchmarks write."
     commands = parser.add_subparsers(dest="what", required=True, metavar="|".join(PARTS), parser_class=type(parser))
     for part in PARTS.values():
         part.add(commands)

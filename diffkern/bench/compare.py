@@ -139,12 +139,20 @@ def _starts(results: Any) -> Rows:
                 yield (results["first picture"], results["dtype"], kind, variant), figures[kind]
 
 
+def _curves(results: Any) -> Rows:
+    for row in results:
+        for point in row["points"]:
+            for variant, figures in point["variants"].items():
+                yield (row["curve"], f"{point['size']} {row['size']}", row["dtype"], variant), figures["us"]
+
+
 KINDS: dict[str, tuple[str, str, Callable[[Any], Rows]]] = {
     "ops": ("op", "us", _ops),
     "schedulers": ("scheduler", "us", _schedulers),
     "end_to_end": ("network", "ms", _networks),
     "vlb": ("timesteps", "ms", _bounds),
     "cold_start": ("first picture", "s", _starts),
+    "curves": ("curve", "us", _curves),
 }
 """Kinds of records, as their files are named: the key that tells one from the others, the unit, and what is in it."""
 

@@ -9,34 +9,37 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import diffkern
 from diffkern import doctor, files
 
+Key = TypeVar("Key", bound=Hashable)
 PACKAGE = Path(diffkern.__file__).resolve().parent
 RESULTS = Path("benchmarks/results")  # where records go unless told otherwise: of the checkout that one stands in
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], rounds: int, at_least: float = 0.0
-) -> dict[str, list[float]]:
+    variants: Mapping[Key, Callable[[], object]], rounds: int, at_least: float = 0.0,
+    done: Callable[[], object] = lambda: None,
+) -> dict[Key, list[float]]:  # fmt: skip
     """Seconds a call of each variant in each round. Every round runs all of them in turn, so that a machine that slows
-    down slows them all. at_least: repeat a call until a measurement takes about so many seconds. The caller has run
-    each variant once already, to check it."""
+    down slows them all. at_least: repeat a call until a measurement takes about so many seconds. done: called after
+    each measurement. The caller has run each variant once already, to check it."""
     repeats = dict.fromkeys(variants, 1)
     if at_least:
         for name, run in variants.items():
             once = min(measured(run, 1) for _ in range(3))
             repeats[name] = max(1, int(at_least / max(once, 1e-7)))
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[Key, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
             seconds[name].append(measured(run, repeats[name]))
+            done()
     return seconds
 
 
@@ -105,7 +108,7 @@ def _commit() -> str | None:
 def _command(argv: list[str]) -> str:
     """The command without the places of its files, which are nobody's but the user's."""
     program, *arguments = argv
-    for option in ("--out", "--state"):
+    for option in ("--out", "--plot", "--state"):
         at = arguments.index(option) if option in arguments else len(arguments)
         arguments = arguments[:at] + arguments[at + 2 :]
         arguments = [a for a in arguments if not a.startswith(f"{option}=")]

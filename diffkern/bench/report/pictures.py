@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from diffkern import plots
-from diffkern.bench.report import bars, roofline
+from diffkern.bench.report import bars, curves, roofline
 from diffkern.bench.report.records import Record
 
 
@@ -30,7 +30,7 @@ class Picture(Protocol):
         """The matplotlib figure."""
 
 
-PICTURES: tuple[Picture, ...] = (bars, roofline)
+PICTURES: tuple[Picture, ...] = (bars, roofline, curves)
 """To add one, write a module like these, and list it."""
 
 KEY = "diffkern records"  # of the PNG's text

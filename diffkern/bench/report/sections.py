@@ -9,6 +9,7 @@ from diffkern.bench.report import (
     accelerated,
     bounds,
     cold_start,
+    curves,
     likelihood,
     losses,
     networks,
@@ -34,13 +35,13 @@ class Section(Protocol):
 
 
 SECTIONS: tuple[Section, ...] = (
-    networks, accelerated, cold_start, losses, ops, schedulers, likelihood, bounds, provenance,
+    networks, accelerated, cold_start, losses, ops, curves, schedulers, likelihood, bounds, provenance,
 )  # fmt: skip
 """In the order of docs/figures.md."""
 
 README: dict[str, tuple[Section, ...]] = {
     "likelihoods": (likelihood, bounds),
-    "figures": (networks, accelerated, cold_start, ops),
+    "figures": (networks, accelerated, cold_start, ops, curves),
     "losses": (losses,),
 }
 """The regions of the README that are written here, and whose summaries they are."""
