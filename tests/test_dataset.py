@@ -383,4 +383,5 @@ def test_the_page_on_datasets_tells_the_truth(tmp_path, monkeypatch, capsys):
     settings = json.loads(Path("emoji/manifest.json").read_text())["settings"]
     assert [name for name in settings if name not in page.replace("-", " ")] == []
     for command in re.findall(r"diffkern (?:sample|likelihood) [^\n]*", page):
-        cli._parser().parse_args(command.split()[1:])
+        words = command.split()[1:]
+        cli._parser(words).parse_args(words)
