@@ -18,7 +18,7 @@ from PIL import Image
 from sentences import expect_a_sentence
 
 import diffkern
-from diffkern.bench import cold_start, end_to_end_command, ops_command
+from diffkern.bench import cold_start, curves_command, end_to_end_command, ops_command
 from diffkern.bench.children import Failure, environment
 from diffkern.bench.cold_start import Starts, Times
 from diffkern.bench.compare import load
@@ -135,7 +135,8 @@ def make_asked(monkeypatch):
 
         return run
 
-    for name, module in {"ops": ops_command, "end-to-end": end_to_end_command, "cold-start": cold_start}.items():
+    parts = {"ops": ops_command, "end-to-end": end_to_end_command, "curves": curves_command, "cold-start": cold_start}
+    for name, module in parts.items():
         monkeypatch.setattr(module, "_run", stand_in(name))
     return asked, outcomes
 
@@ -144,7 +145,7 @@ def test_all_runs_one_after_the_other(asked, capsys):
     given, outcomes = asked
     outcomes["end-to-end"] = ValueError("diffusers is not installed")
     assert main(["bench", "all", "--quick", "--rivals", "eager", "--dtype", "bfloat16", "--out", "there"]) == 1
-    assert list(given) == ["ops", "end-to-end", "cold-start"]
+    assert list(given) == ["ops", "end-to-end", "curves", "cold-start"]
     for args in given.values():
         assert (args.quick, args.rivals, args.out) == (True, "eager", Path("there"))
         assert "bfloat16" in args.dtype
