@@ -131,6 +131,7 @@ def _in_child(folder: Path, send: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(availability("cpu") is not None, reason="without the C++ library the threads are PyTorch's alone")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside threads, which is what this is about
 def test_a_fork_after_use_does_not_hang(tiny):
     """GCC's OpenMP waits in a child for the threads of its parent, unless it is told to use one."""
