@@ -20,9 +20,11 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str, folder: Path = ROOT) -> str:
     """What it printed."""
+    # Within a worker of pytest-xdist pytest-benchmark would not time.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     quiet = {"OMP_WAIT_POLICY": "passive", "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", *command], cwd=folder, env={**os.environ, **quiet}, capture_output=True, text=True
+        [sys.executable, "-P", "-m", *command], cwd=folder, env={**outside, **quiet}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
