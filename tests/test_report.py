@@ -183,3 +183,16 @@ def test_the_first_picture(tmp_path):
     assert "| diffusers | - | 5 (5 to 5) | 2.00 (1.90 to 2.10) |" in summary
     assert "Where diffkern's time goes, warm: torch 1.2 s, rest 0.5 s." in summary
     assert "torch.compile: no compiler" in sections.details(found)
+
+
+def test_a_long_job(tmp_path):
+    jobs = [{"processes": p, "pictures_per_second": spread(15.0 * p)} for p in (1, 2)]
+    growth = [{"n": n, "ms_per_picture": spread(ms), "peak_mb": mb} for n, ms, mb in ((64, 70, 500), (1024, 65, 510))]
+    results = {"model": "emoji-32", "steps": 4, "n": 512, "jobs": jobs, "growth": growth,
+               "efficiency": spread(0.96, 0.94, 0.98)}  # fmt: skip
+    write(tmp_path, "m/dataset", results)
+    found = sections.checked(tmp_path)
+    summary = sections.summary("figures", found)
+    assert "1 process draws 15 (15 to 15) pictures a second, 2 draw 30 (30 to 30): each 96 % (94 to 98 %)" in summary
+    assert "From 64 to 1024 pictures one takes 65 to 70 ms of one process" in summary
+    assert "| 1024 | 65 (65 to 65) | 510 |" in sections.details(found)

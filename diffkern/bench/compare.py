@@ -146,6 +146,11 @@ def _curves(results: Any) -> Rows:
                 yield (row["curve"], f"{point['size']} {row['size']}", row["dtype"], variant), figures["us"]
 
 
+def _datasets(results: Any) -> Rows:
+    for row in results["growth"]:
+        yield (results["model"], f"{row['n']} pictures", "a picture"), row["ms_per_picture"]
+
+
 KINDS: dict[str, tuple[str, str, Callable[[Any], Rows]]] = {
     "ops": ("op", "us", _ops),
     "schedulers": ("scheduler", "us", _schedulers),
@@ -153,6 +158,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Any], Rows]]] = {
     "vlb": ("timesteps", "ms", _bounds),
     "cold_start": ("first picture", "s", _starts),
     "curves": ("curve", "us", _curves),
+    "dataset": ("growth", "ms", _datasets),
 }
 """Kinds of records, as their files are named: the key that tells one from the others, the unit, and what is in it."""
 

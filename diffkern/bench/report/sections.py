@@ -10,6 +10,7 @@ from diffkern.bench.report import (
     bounds,
     cold_start,
     curves,
+    datasets,
     likelihood,
     losses,
     networks,
@@ -35,13 +36,13 @@ class Section(Protocol):
 
 
 SECTIONS: tuple[Section, ...] = (
-    networks, accelerated, cold_start, losses, ops, curves, schedulers, likelihood, bounds, provenance,
+    networks, accelerated, cold_start, datasets, losses, ops, curves, schedulers, likelihood, bounds, provenance,
 )  # fmt: skip
 """In the order of docs/figures.md."""
 
 README: dict[str, tuple[Section, ...]] = {
     "likelihoods": (likelihood, bounds),
-    "figures": (networks, accelerated, cold_start, ops, curves),
+    "figures": (networks, accelerated, cold_start, datasets, ops, curves),
     "losses": (losses,),
 }
 """The regions of the README that are written here, and whose summaries they are."""
