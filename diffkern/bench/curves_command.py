@@ -14,6 +14,7 @@ from tqdm import tqdm
 from diffkern import options
 from diffkern.bench import axes, curves, curves_plot, record
 from diffkern.bench.compare import Timing
+from diffkern.bench.cpus import pinned
 from diffkern.bench.networks import DTYPES
 from diffkern.bench.rivals import left_out, named, rivals
 from diffkern.columns import aligned
@@ -66,10 +67,10 @@ def _run(args: argparse.Namespace) -> int:
         curves_plot.check(args.plot)
     if not args.no_record:
         args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before minutes of work
-    torch.set_num_threads(args.threads)
     dtypes = args.dtype or (["float32"] if args.quick else list(DTYPES))
     chosen = [c for c in axes.CURVES if (not args.axis or c.axis in args.axis) and (c.quick or not args.quick)]
-    return _measure(args, [(curve, dtype) for curve in chosen for dtype in dtypes], wanted)
+    with pinned(args.threads):
+        return _measure(args, [(curve, dtype) for curve in chosen for dtype in dtypes], wanted)
 
 
 @torch.no_grad()  # not inference mode: copies of weights made in it are packed anew in every call

@@ -10,6 +10,7 @@ import torch
 
 from diffkern import options
 from diffkern.bench import ops, record
+from diffkern.bench.cpus import pinned
 from diffkern.bench.rivals import named, rivals
 from diffkern.bench.shapes import MODELS, listed, ops_of
 from diffkern.op import BACKENDS, OPS
@@ -84,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     if cuda:
         torch.cuda.set_device(device)
-    torch.set_num_threads(args.threads)
     if not args.no_record:
         args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
-    return ops.run(args)
+    with pinned(args.threads):
+        return ops.run(args)

@@ -17,6 +17,7 @@ import torch
 
 import diffkern
 from diffkern import doctor, files
+from diffkern.bench import cpus
 
 Key = TypeVar("Key", bound=Hashable)
 PACKAGE = Path(diffkern.__file__).resolve().parent
@@ -77,6 +78,7 @@ def machine() -> dict[str, Any]:
         "versions": facts["versions"] | _versions_of_rivals(),
         "devices": facts["devices"],
         "threads": torch.get_num_threads(),
+        "cpus": cpus.facts(),
         "commit": _commit(),
         "command": _command(sys.argv),
     }
