@@ -56,7 +56,7 @@ def _panel(axes: Any, machine: str, bars: list[Bar], colors: dict[str, str]) -> 
     works = list(dict.fromkeys(bar.work for bar in bars))
     width = 0.84 / max(sum(bar.work == work for bar in bars) for work in works)
     for place, work in enumerate(works):
-        group = [bar for bar in bars if bar.work == work]
+        group = sorted((bar for bar in bars if bar.work == work), key=lambda bar: list(colors).index(bar.rival))
         for i, bar in enumerate(group):
             _bar(axes, place + width * (i - (len(group) - 1) / 2), 0.88 * width, bar, colors[bar.rival])
     axes.set_yscale("log")
@@ -92,4 +92,4 @@ def _legend(drawn: Any, colors: dict[str, str]) -> None:
 
     shown = [Patch(color=color, alpha=0.85, label=rival) for rival, color in colors.items()]
     shown.append(Patch(facecolor=LOSS, alpha=0.85, label="slower than the rival of the frame's colour"))
-    drawn.legend(handles=shown, loc="outside upper center", ncols=len(shown), frameon=False)
+    drawn.legend(handles=shown, loc="outside upper center", ncols=3, frameon=False)
