@@ -305,3 +305,18 @@ def test_noise_beyond_two_to_the_31(cpu):
     for start in (0, n - BLOCK):
         expected = diffkern.randn(keys, [BLOCK], Draw.TRAINING, torch.bfloat16, offset=start)
         assert torch.equal(x_t[:, start : start + BLOCK], expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_reach_their_limits(backend, activation):
+    """Beyond where the exponential in them is zero or infinite: x itself, or nothing."""
+    far = torch.tensor([20.0, 80.0, 87.9, 88.2, 88.9, 100.0, 1e3, 1e10, 3e37])
+    values = torch.cat([far, -far])
+    if activation == "silu":  # a picture of zeros is its bias once it is normalised
+        x = torch.zeros(1, len(values), 2, 2)
+        y = diffkern.group_norm_silu(x, len(values), torch.ones(len(values)), values)[0, :, 1, 1]
+        expected = torch.nn.functional.silu(values.double())
+    else:
+        y = diffkern.linear(torch.zeros(1, 3, 2), torch.zeros(len(values), 2), values, activation)[0, 2]
+        expected = torch.nn.functional.gelu(values.double(), approximate="tanh")
+    assert (y.double() - expected).abs().le(1e-6 * expected.abs() + 1e-7).all()
