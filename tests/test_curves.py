@@ -264,7 +264,7 @@ def test_a_report_says_where_the_cliffs_are():
     measured = {"machine": machine, "results": [planted()], "file": "a/curves-sequence.json"}
     assert (
         "| attention, float32 | tokens | ~ n^2.00 | ~ n^1.00 | time at 257: 4.00 times | torch | none | 1.50 |"
-        in section.summary([measured])
+        in section.details([measured])
     )
     details = section.details([measured])
     assert "| 257 | 2642 (2378 to 2906) | 10.3 us | 2.57 MB |" in details

@@ -1,4 +1,5 @@
-"""The README tells the truth: its figures are those of the committed records, its code runs, what it names is there."""
+"""The README and the pages in docs/ tell the truth: their figures are those of the committed records, their code runs,
+what they name is there."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from diffkern.bench.report import pictures, readme, sections
+from diffkern import cli
+from diffkern.bench.report import markup, pictures, readme, sections
 from diffkern.samplers import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+RUN = ("diffusers.md", "likelihood.md")  # those whose Python needs no command first, as that of many.md does
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +38,50 @@ def test_the_pictures_are_those_of_the_records(records, picture):
         drawn = (ROOT / "docs" / picture.FILE).read_bytes()
         assert pictures.digest_of(drawn) == pictures.digest(data), "run: python benchmarks/report.py"
         assert f"](docs/{picture.FILE})" in README
+        assert f"]({picture.FILE})" in PAGES[readme.FIGURES]
+
+
+def run(page: str) -> dict[str, Any]:
+    """The Python of a page, block after block, and what it left behind."""
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    return names
 
 
 def test_the_python_runs(capsys):
-    names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)
+    names = run(README)
     assert names["x0"].shape == names["x_t"].shape == (4, 3, 32, 32)
     assert names["x0"].abs().max() <= 1
     assert "backend='cpu'" in capsys.readouterr().out
 
 
-def test_the_files_it_links_to_are_there():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("name", RUN)
+def test_the_python_of_a_page_runs(name):
+    pytest.importorskip("diffusers")
+    assert run(PAGES[name])
+
+
+def test_no_page_has_python_that_is_not_run():
+    assert {name for name, page in PAGES.items() if "```python" in page} == {*RUN, "many.md"}  # see test_dataset.py
+
+
+@pytest.mark.parametrize("name", ["README.md", *PAGES])
+def test_what_a_page_links_to_is_there(name):
+    folder, page = (ROOT, README) if name == "README.md" else (ROOT / "docs", PAGES[name])
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", page) if "://" not in link]
+    for path, _, place in links:
+        assert (folder / path).exists(), path
+        if place:
+            found = re.findall(r"^#+ (.+)$", (folder / path).read_text(encoding="utf-8"), re.MULTILINE)
+            assert place in map(markup.anchor, found), f"{path}#{place}"
+
+
+def test_the_commands_of_the_pages_are_taken():
+    commands = re.findall(r"^diffkern ((?:sample|likelihood)\b[^\n]*)", "\n".join(PAGES.values()), re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        cli._parser(command.split()).parse_args(command.split())
 
 
 def test_ci_runs_the_readmes_commands():

@@ -9,10 +9,11 @@ NAME = "end_to_end-*"
 BOTH = f"{ACCELERATED}, torch.compile"
 
 
-def summary(records: list[Record]) -> str:
+def details(records: list[Record]) -> str:
     """A line a network and dtype, machine by machine; those of a GPU are in the table of its networks."""
     timed = [r for r in records if {LOADED, ACCELERATED} <= set(r["results"]["variants"]) and not on_gpu(r)]
-    return "\n\n".join(_table(machine, found) for machine, found in by_machine(timed).items())
+    tables = [_table(machine, found) for machine, found in by_machine(timed).items()]
+    return "\n\n".join(["## diffusers, accelerated", *tables]) if tables else ""
 
 
 def _table(machine: str, records: list[Record]) -> str:
@@ -32,9 +33,3 @@ def _table(machine: str, records: list[Record]) -> str:
         f"{machine}. diffusers as it is loaded, after `diffkern.accelerate`, and under torch.compile too; accelerated "
         "is how many times as fast as its rivals and as diffkern's own model:\n\n" + table(header, rows)
     )
-
-
-def details(records: list[Record]) -> str:
-    """The same, of all machines."""
-    found = summary(records)
-    return f"## diffusers, accelerated\n\n{found}" if found else ""

@@ -12,7 +12,7 @@ from diffkern.bench.report.records import Record, named, where
 FILE = "networks.png"
 ABOUT = (
     "How many times as fast diffkern is as the fastest form of each rival, on a logarithmic scale: bars up are faster, "
-    "bars down, filled with red, slower. Whiskers from the 20th to the 80th percentile over the rounds."
+    "bars down slower, filled with red beyond noise. Whiskers from the 20th to the 80th percentile over the rounds."
 )
 LOSS = "#d62728"
 COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9")  # of rivals; the one between is that of losses

@@ -8,11 +8,6 @@ NAME = "vlb-*"
 OTHERS = {"plain PyTorch": "plain PyTorch, batched: slower by", "loop": "the usual loop: slower by"}
 
 
-def summary(records: list[Record]) -> str:
-    """A line a dtype, machine by machine."""
-    return "\n\n".join(_table(machine, found) for machine, found in by_machine(records).items())
-
-
 def _table(machine: str, records: list[Record]) -> str:
     rows = []
     for record in records:
@@ -26,5 +21,5 @@ def _table(machine: str, records: list[Record]) -> str:
 
 
 def details(records: list[Record]) -> str:
-    """The same, of all machines."""
-    return f"## Bounds\n\n{summary(records)}" if records else ""
+    """A line a dtype, machine by machine."""
+    return "\n\n".join(["## Bounds", *(_table(machine, found) for machine, found in by_machine(records).items())])

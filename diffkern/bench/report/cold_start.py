@@ -9,11 +9,6 @@ STARTS = ("cold", "warm")
 FASTER = "diffkern is faster by"
 
 
-def summary(records: list[Record]) -> str:
-    """A line for each way to draw it, machine by machine."""
-    return "\n\n".join(map(_table, records))
-
-
 def _table(record: Record) -> str:
     r = record["results"]
     rows = [
@@ -31,10 +26,10 @@ def _table(record: Record) -> str:
 
 
 def details(records: list[Record]) -> str:
-    """The same, and what was not timed."""
+    """A line for each way to draw it, machine by machine, and what was not timed."""
     refused = [
         f"Not timed on {where(record['machine'])}: {name}: {reason}"
         for record in records
         for name, reason in record["results"]["refused"].items()
     ]
-    return "\n\n".join(["## The first picture", summary(records), *refused])
+    return "\n\n".join(["## The first picture", *map(_table, records), *refused])

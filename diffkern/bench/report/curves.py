@@ -8,9 +8,9 @@ from typing import Any
 from diffkern.bench.cliffs import LIMIT
 from diffkern.bench.curves import OURS, cliffs_of, duration, volume
 from diffkern.bench.curves_plot import Line, figure, lines
-from diffkern.bench.report.records import Record, by_machine, foremost, named, span, spread, table, times, where
+from diffkern.bench.report.records import Record, by_machine, foremost, named, span, spread, table, times
 
-__all__ = ["ABOUT", "FILE", "NAME", "data", "details", "figure", "summary"]
+__all__ = ["ABOUT", "FILE", "NAME", "data", "details", "figure"]
 
 NAME = "curves-*"
 FILE = "curves.png"
@@ -21,20 +21,19 @@ ABOUT = (
 )
 
 
-def summary(records: list[Record]) -> str:
-    """A line a curve and dtype, machine by machine."""
-    return "\n\n".join(
-        f"{machine}. How cost grows at the end of each curve: ~ n^1 is linear, ~ n^2 quadratic. A cliff is a size that "
-        f"takes more than {LIMIT:g} times what the sizes beside it predict:\n\n"
+def _summary(records: list[Record]) -> str:
+    """A line a curve and dtype."""
+    return (
+        "How cost grows at the end of each curve: ~ n^1 is linear, ~ n^2 quadratic. A cliff is a size that takes more "
+        f"than {LIMIT:g} times what the sizes beside it predict:\n\n"
         + table(
             ["", "n", "diffkern's time", "its memory", "its cliffs", "rival", "its cliffs", "diffkern is faster by"],
-            (line for record in found for row in record["results"] for line in _summary(row)),
+            (line for record in records for row in record["results"] for line in _lines(row)),
         )
-        for machine, found in by_machine(records).items()
     )
 
 
-def _summary(row: dict[str, Any]) -> Iterator[list[str]]:
+def _lines(row: dict[str, Any]) -> Iterator[list[str]]:
     """A line for each rival; one without any if there is none."""
     if OURS not in row["findings"]:
         return
@@ -66,10 +65,12 @@ def _cliffs(row: dict[str, Any], variant: str) -> str:
 
 
 def details(records: list[Record]) -> str:
-    """Every size of every curve, on every machine."""
-    return "\n\n".join(f"## How cost grows, {where(found[0]['machine'])}\n\n" + "\n\n".join(
-        _details(row) for record in found for row in record["results"]
-    ) for found in by_machine(records).values())  # fmt: skip
+    """Machine by machine a line a curve, then every size of every curve."""
+    parts = []
+    for machine, found in by_machine(records).items():
+        parts += [f"## How cost grows, {machine}", _summary(found)]
+        parts += [_details(row) for record in found for row in record["results"]]
+    return "\n\n".join(parts)
 
 
 def _details(row: dict[str, Any]) -> str:

@@ -7,11 +7,6 @@ from diffkern.bench.report.records import Record, digits, spread, table, where
 NAME = "dataset"
 
 
-def summary(records: list[Record]) -> str:
-    """One sentence a machine."""
-    return "\n\n".join(map(_sentence, records))
-
-
 def _sentence(record: Record) -> str:
     r = record["results"]
     one, many = r["jobs"]
@@ -29,7 +24,7 @@ def _sentence(record: Record) -> str:
 
 
 def details(records: list[Record]) -> str:
-    """How one process fares as n grows as well."""
+    """What there is to say of each machine, and how one process fares as n grows."""
     return "\n\n".join(["## Datasets", *map(_details, records)])
 
 

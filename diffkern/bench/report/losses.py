@@ -7,7 +7,7 @@ from diffkern.bench.report.records import Record, Standing, named, table
 
 NAME = "*"
 PARTS = (networks, ops, schedulers)
-MOST = 12  # rows of a machine in a README
+MOST = 5  # rows of a machine in a README
 
 
 def summary(records: list[Record]) -> str:

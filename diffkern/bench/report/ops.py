@@ -85,12 +85,8 @@ def _ceilings(records: Iterable[Record]) -> str:
     return f" (a copy {found['GB/s']:.0f} GB/s, read and written; a bfloat16 product {found['TFLOP/s']:.0f} TFLOP/s)"
 
 
-def summary(records: list[Record]) -> str:
-    """A line an op: the least and the most over its workloads."""
-    return "\n\n".join(_summary(machine, found) for machine, found in by_machine(records).items())
-
-
 def _summary(machine: str, records: list[Record]) -> str:
+    """A line an op: the least and the most over its workloads."""
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in rows_of(records):
         groups.setdefault(row.op, {}).setdefault(row.dtype, []).append(row)
@@ -108,9 +104,9 @@ def _cells(rows: list[Row] | None) -> tuple[str, str]:
 
 
 def details(records: list[Record]) -> str:
-    """The same of all machines, then every workload of every op."""
-    parts = (_details(machine, found) for machine, found in by_machine(records).items())
-    return "\n\n".join(["## Ops", summary(records), *parts])
+    """A line an op, machine by machine, then every workload of every op."""
+    parts = (make(machine, found) for make in (_summary, _details) for machine, found in by_machine(records).items())
+    return "\n\n".join(["## Ops", *parts])
 
 
 def _details(machine: str, records: list[Record]) -> str:

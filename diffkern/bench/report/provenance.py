@@ -11,11 +11,6 @@ NAME = "*"
 PLACE = re.compile(r" \(/[^)]*\)")
 
 
-def summary(records: list[Record]) -> str:
-    """Nothing: a README says where the records are."""
-    return ""
-
-
 def details(records: list[Record]) -> str:
     """A line a record, in a table for all that were made with the same versions on the same device."""
     groups: dict[str, list[Record]] = {}

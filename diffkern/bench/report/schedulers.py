@@ -31,11 +31,6 @@ def standings(records: Iterable[Record]) -> list[Standing]:
     ]  # fmt: skip
 
 
-def summary(records: list[Record]) -> str:
-    """Nothing: the README says it in a sentence."""
-    return ""
-
-
 def details(records: list[Record]) -> str:
     """Every scheduler, on every machine."""
     return "\n\n".join(["## Fused schedulers", *map(_details, records)])

@@ -22,17 +22,20 @@ from diffkern.bench.report.records import Record, foremost, load, named
 
 
 class Section(Protocol):
-    """A module that makes Markdown of the records whose files are named like NAME, say "ops-*". Both functions are
-    given those alone, of one machine or more, and return "" if there is nothing to say. The page knows headings,
-    paragraphs, tables and `code`."""
+    """A module that makes Markdown of the records whose files are named like NAME, say "ops-*"."""
 
     NAME: str
 
-    def summary(self, records: list[Record]) -> str:
-        """For a README: a few short tables, without headings."""
-
     def details(self, records: list[Record]) -> str:
-        """For docs/figures.md and the page: everything, under a heading of the second order."""
+        """For docs/figures.md and the page, of those records alone, of one machine or more: everything, under a heading
+        of the second order; "" if there is nothing to say. The page knows headings, paragraphs, tables and `code`."""
+
+
+class Summarised(Section, Protocol):
+    """A section that a README has something of."""
+
+    def summary(self, records: list[Record]) -> str:
+        """Of the same records, what a README has room for: a short table a machine, without headings."""
 
 
 SECTIONS: tuple[Section, ...] = (
@@ -40,11 +43,7 @@ SECTIONS: tuple[Section, ...] = (
 )  # fmt: skip
 """In the order of docs/figures.md."""
 
-README: dict[str, tuple[Section, ...]] = {
-    "likelihoods": (likelihood, bounds),
-    "figures": (networks, accelerated, cold_start, datasets, ops, curves),
-    "losses": (losses,),
-}
+README: dict[str, Summarised] = {"likelihoods": likelihood, "figures": networks, "losses": losses}
 """The regions of the README that are written here, and whose summaries they are."""
 
 
@@ -55,7 +54,6 @@ def checked(folder: Path) -> list[Record]:
         try:
             for section in SECTIONS:
                 if found := named([record], section.NAME):
-                    section.summary(found)
                     section.details(found)
         except KeyError as e:
             raise ValueError(f"{folder / record['file']} is not a record that can be reported: it lacks {e}") from None
@@ -66,9 +64,9 @@ def checked(folder: Path) -> list[Record]:
 
 def summary(region: str, records: list[Record]) -> str:
     """What a region of the README says."""
-    chosen = foremost(records)
-    parts = (section.summary(found) for section in README[region] if (found := named(chosen, section.NAME)))
-    return "\n\n".join(filter(None, parts)) + "\n"
+    section = README[region]
+    found = named(foremost(records), section.NAME)
+    return (section.summary(found) if found else "") + "\n"
 
 
 def details(records: list[Record]) -> str:
