@@ -35,7 +35,8 @@ from diffkern.models.unet import UNet2D, UNet2DConfig
 from diffkern.ops.randn import noise_keys
 from diffkern.samplers import make_table
 from diffkern.samplers.loop import sample
-from diffkern.schedules import Schedule, from_diffusers_config
+from diffkern.scheduler_config import from_diffusers_config
+from diffkern.schedules import Schedule
 
 # Most of the weights are at 8x8 and 4x4, where they cost the least: a CPU spends its time at 32x32, kept narrow.
 MODEL = UNet2DConfig(

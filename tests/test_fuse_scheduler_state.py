@@ -20,7 +20,7 @@ from diffkern import make_table
 from diffkern.integrations.diffusers import FUSED, fuse_scheduler, restore_scheduler
 from diffkern.op import BackendError, use_backend
 from diffkern.ops.randn import normal
-from diffkern.schedules import from_diffusers_config
+from diffkern.scheduler_config import from_diffusers_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of numpy, in diffusers

@@ -14,7 +14,7 @@ import pytest
 from sampling import max_delta, run_diffusers, run_table, toy_model
 
 from diffkern.samplers import SAMPLERS, Table, make_table
-from diffkern.schedules import from_diffusers_config
+from diffkern.scheduler_config import from_diffusers_config
 
 SPACINGS = ("leading", "trailing", "linspace")
 EPSILON, X0, V = ({"prediction_type": p} for p in ("epsilon", "sample", "v_prediction"))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffkern.ops.randn import noise_keys, normal
+from diffkern.scheduler_config import from_diffusers_config
 from diffkern.schedules import (
     PREDICTIONS,
     SCHEDULES,
@@ -20,7 +21,6 @@ from diffkern.schedules import (
     edm,
     flow,
     from_betas,
-    from_diffusers_config,
     linear,
     make_schedule,
     rescale_zero_snr,

@@ -11,7 +11,8 @@ from diffkern.models.dit import DiT
 from diffkern.models.folder import WEIGHTS, ModelError, read_json
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
-from diffkern.schedules import Schedule, from_diffusers_config
+from diffkern.scheduler_config import from_diffusers_config
+from diffkern.schedules import Schedule
 
 MODELS: dict[str, type[UNet2D] | type[UNet2DCondition] | type[DiT]] = {
     "UNet2DModel": UNet2D,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffkern.models import folder
 from diffkern.models.blocks import Attention
-from diffkern.models.unet_base import UNet, UNetConfig
+from diffkern.models.unet_base import UNet
+from diffkern.models.unet_config import UNetConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from diffkern.models import folder
 from diffkern.models.blocks import Context, TimestepEmbedding
 from diffkern.models.transformer import SpatialTransformer, TransformerBlock
-from diffkern.models.unet_base import UNet, UNetConfig
+from diffkern.models.unet_base import UNet
+from diffkern.models.unet_config import UNetConfig
 from diffkern.ops.timestep_embedding import timestep_embedding
 
 

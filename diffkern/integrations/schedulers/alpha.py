@@ -15,7 +15,8 @@ from diffkern.samplers.grid import Point
 from diffkern.samplers.lcm import consistency
 from diffkern.samplers.plms import adams_bashforth, transfer
 from diffkern.samplers.table import H0, H1, X0, M, Row, Weights, X
-from diffkern.schedules import PREDICTION_TYPES, epsilon_weights, x0_weights
+from diffkern.scheduler_config import PREDICTION_TYPES
+from diffkern.schedules import epsilon_weights, x0_weights
 
 
 class AlphaScheduler(FusedScheduler):

@@ -19,7 +19,8 @@ from diffkern.samplers.deis import deis_step
 from diffkern.samplers.dpm_solver import slopes_of_past, solver_step
 from diffkern.samplers.grid import Point
 from diffkern.samplers.table import BASE, H0, H1, X0, M, Row, Weights, X
-from diffkern.schedules import PREDICTION_TYPES, epsilon_weights, x0_weights
+from diffkern.scheduler_config import PREDICTION_TYPES
+from diffkern.schedules import epsilon_weights, x0_weights
 
 
 def _mirrored(p: Point) -> Point:

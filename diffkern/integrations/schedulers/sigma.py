@@ -14,7 +14,8 @@ from diffkern.samplers.euler import ancestral, euler_step
 from diffkern.samplers.grid import Point, point
 from diffkern.samplers.heun import average_slope
 from diffkern.samplers.table import H0, H2, X0, Row, Weights, X
-from diffkern.schedules import PREDICTION_TYPES, x0_weights
+from diffkern.scheduler_config import PREDICTION_TYPES
+from diffkern.schedules import x0_weights
 
 
 class IndexedScheduler(FusedScheduler):
