@@ -1,5 +1,5 @@
 // group_norm_silu, see diffkern/ops/group_norm_silu.py. Two passes over memory: moments, then normalise and SiLU.
-#include "group_norm.h"
+#include "group_norm_moments.h"
 
 #include <torch/csrc/stable/library.h>
 

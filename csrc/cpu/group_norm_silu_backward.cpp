@@ -1,6 +1,6 @@
 // group_norm_silu_backward, see diffkern/ops/group_norm_silu_backward.py. Three passes over memory: the moments again,
 // the sums over pixels that all gradients are made of, then the gradient of the input.
-#include "group_norm.h"
+#include "group_norm_moments.h"
 
 #include <torch/csrc/stable/library.h>
 
