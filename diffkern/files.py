@@ -1,12 +1,24 @@
-"""Writes a file whole or not at all, and what a killed process left of one away."""
+"""Reads JSON, writes a file whole or not at all, and what a killed process left of one away."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError if it cannot be read, or is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not valid JSON") from None
 
 
 def check_writable(path: Path, folder: Path | None = None) -> None:

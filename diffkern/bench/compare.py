@@ -3,12 +3,13 @@ nothing because it is within the noise of the measurements."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from diffkern import files
 
 CEILINGS = ("matmul", "copy")
 """Variants of an op that say what the machine can do, and nothing of the op: that which is nearer comes first."""
@@ -172,12 +173,7 @@ def kind_of(results: Any) -> str | None:
 def load(path: Path) -> Record | None:
     """The record in a file; None if it is a record, but not of timings. Raises ValueError, saying why, for a file that
     is no record."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ValueError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON") from None
+    found = files.read_json(path)
     if not _is_record(found):
         raise ValueError(f"{path} is not a record of a benchmark: it has no machine and results")
     results = found["results"]

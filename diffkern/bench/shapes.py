@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern import files
 from diffkern.columns import aligned
 from diffkern.op import OPS, Op, Sample
 from diffkern.testing import make
@@ -63,12 +64,9 @@ def load(file: Path) -> dict[str, list[dict[str, Any]]]:
     """The calls in a file, by op: {"rms_norm": [{"x": [8, 256, 1152], "weight": [1152]}]}. Of an argument that is a
     tensor the shape is given, of others the value; "layout" says how the first tensor lies in memory. What is not given
     has its default."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ValueError(f"--shapes is none of {', '.join(MODELS)}, and no file: {file}: {e.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{file} is not valid JSON") from None
+    if not file.exists():
+        raise ValueError(f"--shapes is none of {', '.join(MODELS)}, and there is no file {file}")
+    found = files.read_json(file)
     entries = found.items() if isinstance(found, dict) else ()
     if not entries or not all(isinstance(calls, list) and calls for _, calls in entries):
         raise ValueError(f'{file} does not say ops and their calls, as {{"rms_norm": [{{"x": [8, 256, 1152]}}]}} does')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from diffkern import files
 from diffkern.bench import compare
 
 Record = dict[str, Any]
@@ -43,8 +43,7 @@ def load(folder: Path) -> list[Record]:
     found = []
     for path in paths:
         compare.load(path)  # raises if it is no record, or times nothing that can be compared
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found.append({**record, "file": path.relative_to(folder).as_posix()})
+        found.append({**files.read_json(path), "file": path.relative_to(folder).as_posix()})
     return found
 
 
