@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import diffkern
+
 UNET: dict[str, Any] = {
     "sample_size": 16, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
@@ -203,6 +205,17 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.1)
     return model.to(dtype)
+
+
+def accelerated(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    model = make(name, dtype)
+    diffkern.accelerate(model)
+    return model
+
+
+def delta(got: Tensor, want: Tensor) -> float:
+    """The largest difference, in units of the spread."""
+    return float((got - want).abs().max() / want.std())
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
-"""The call of an op for one sample of a batch: its result must not depend on the others."""
+"""Calls of an op for a batch and for one sample of it, whose result must not depend on the others."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,6 +12,18 @@ from diffkern.op import Op
 
 WEIGHT_BIAS = ("weight", "bias")
 SHARED = ("table", "alpha_sigma", "weight", "bias", "cos", "sin", *(f"{x}_{p}" for x in "qkv" for p in WEIGHT_BIAS))
+
+
+def calls(op: Op, dtype: torch.dtype, workloads: bool) -> Iterator[tuple[str, tuple[object, ...], int]]:
+    """The samples of an op that have a batch, on the CPU: their names, arguments and batches."""
+    assert op.make_samples is not None
+    for sample in op.make_samples("cpu", dtype):
+        if sample.workload != workloads:
+            continue
+        args = sample.args()
+        batch = next(len(a) for a in args if isinstance(a, Tensor))
+        if batch > 1:
+            yield sample.name, args, batch
 
 
 def alone(op: Op, args: tuple[object, ...], i: int) -> list[object]:

@@ -14,7 +14,7 @@ from diffkern.integrations.modules.base import Accelerated
 pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
-from diffusers_models import PROMPT, make, run  # noqa: E402 (after the check for diffusers)
+from diffusers_models import PROMPT, delta, make, run  # noqa: E402 (after the check for diffusers)
 
 NAME = "SD 1.5"
 TARGETS = ["to_q", "to_v", "to_out.0", "proj", "conv1", "proj_in", "time_emb_proj"]
@@ -23,10 +23,6 @@ TARGETS = ["to_q", "to_v", "to_out.0", "proj", "conv1", "proj_in", "time_emb_pro
 def add(model: Any) -> None:
     torch.manual_seed(1)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False), adapter_name="a")
-
-
-def delta(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.std())
 
 
 @pytest.mark.parametrize("order", ["adapter first", "adapter last"])

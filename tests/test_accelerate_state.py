@@ -18,19 +18,9 @@ diffusers = pytest.importorskip("diffusers")
 processors = pytest.importorskip("diffusers.models.attention_processor")
 resnet = pytest.importorskip("diffusers.models.resnet")
 
-from diffusers_models import make, run  # noqa: E402 (after the check for diffusers)
+from diffusers_models import accelerated, delta, make, run  # noqa: E402 (after the check for diffusers)
 
 NAME = "SD 1.5"
-
-
-def accelerated(name: str = NAME) -> Any:
-    model = make(name)
-    diffkern.accelerate(model)
-    return model
-
-
-def delta(got: Tensor, want: Tensor) -> float:
-    return float((got - want).abs().max() / want.std())
 
 
 def test_state_dict_is_the_same_tensors() -> None:
@@ -46,7 +36,7 @@ def test_state_dict_is_the_same_tensors() -> None:
 
 @pytest.mark.parametrize("change", ["in place", "load_state_dict", "data"])
 def test_changed_weights_show_in_the_next_call(change: str) -> None:
-    plain, model = make(NAME), accelerated()
+    plain, model = make(NAME), accelerated(NAME)
     run(model, NAME)  # packs the weights as they were
     for m in (plain, model):
         conv = m.mid_block.resnets[0].conv1
@@ -65,7 +55,7 @@ def test_changed_weights_show_in_the_next_call(change: str) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_are_accelerated_and_their_own(how: str) -> None:
-    model = accelerated()
+    model = accelerated(NAME)
     want = run(model, NAME)
     if how == "deepcopy":
         other = copy.deepcopy(model)
@@ -85,7 +75,7 @@ def test_copies_are_accelerated_and_their_own(how: str) -> None:
 
 
 def test_saved_model_is_a_plain_one(tmp_path: Path) -> None:
-    model = accelerated()
+    model = accelerated(NAME)
     model.save_pretrained(tmp_path)
     again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path)
     assert not any(isinstance(m, Accelerated) for m in again.modules())
@@ -93,7 +83,7 @@ def test_saved_model_is_a_plain_one(tmp_path: Path) -> None:
 
 
 def test_to_another_dtype() -> None:
-    model, exact = accelerated(), run(make(NAME), NAME)
+    model, exact = accelerated(NAME), run(make(NAME), NAME)
     half = run(model.to(torch.bfloat16), NAME, torch.bfloat16)
     assert 1e-4 < delta(half, exact) < 0.1
     plain = make(NAME).to(torch.bfloat16).float()  # the weights as they were rounded
@@ -101,7 +91,7 @@ def test_to_another_dtype() -> None:
 
 
 def test_hooks_of_a_layer_are_called() -> None:
-    plain, model = make(NAME), accelerated()
+    plain, model = make(NAME), accelerated(NAME)
     seen: list[float] = []
 
     def look(layer: Any, args: Any, out: Tensor) -> Tensor:
@@ -155,7 +145,7 @@ def test_forward_replaced_as_offload_hooks_do(order: str) -> None:
 
 
 def test_gradients_are_those_of_plain() -> None:
-    plain, model = make(NAME), accelerated()
+    plain, model = make(NAME), accelerated(NAME)
     grads = []
     for m in (plain, model):
         m.train()
@@ -169,7 +159,7 @@ def test_gradients_are_those_of_plain() -> None:
 
 
 def test_frozen_model_passes_gradients_to_its_input() -> None:
-    model = accelerated().requires_grad_(False)
+    model = accelerated(NAME).requires_grad_(False)
     x = torch.randn(2, 4, 16, 16, requires_grad=True)
     model(x, torch.tensor([500, 20]), torch.ones(2, 7, 32)).sample.sum().backward()
     assert x.grad is not None
@@ -177,7 +167,7 @@ def test_frozen_model_passes_gradients_to_its_input() -> None:
 
 
 def test_autocast_runs_as_plain() -> None:
-    plain, model = make(NAME), accelerated()
+    plain, model = make(NAME), accelerated(NAME)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run(model, NAME), run(plain, NAME))
 
@@ -199,7 +189,7 @@ def test_processor_of_the_user_runs() -> None:
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
             return 2 * super().__call__(*args, **kwargs)
 
-    plain, model = make(NAME), accelerated()
+    plain, model = make(NAME), accelerated(NAME)
     before = run(model, NAME)
     for m in (plain, model):
         m.set_attn_processor(Doubled())
@@ -213,7 +203,7 @@ def test_processor_of_the_user_runs() -> None:
 @pytest.mark.parametrize("processor", ["AttnProcessor", "SlicedAttnProcessor"])
 def test_other_processors_of_diffusers(processor: str) -> None:
     cls = getattr(processors, processor)
-    plain, model = make(NAME), accelerated()
+    plain, model = make(NAME), accelerated(NAME)
     for m in (plain, model):
         m.set_attn_processor(cls(1) if processor.startswith("Sliced") else cls())
     assert delta(run(model, NAME), run(plain, NAME)) <= 1e-4
@@ -243,7 +233,7 @@ def test_compiled_after_accelerate_is_the_same() -> None:
 def test_offload_hooks_of_accelerate() -> None:
     """Its hooks on every layer, as for sequential offload, put on an accelerated model and taken off again."""
     hooks = pytest.importorskip("accelerate.hooks")
-    model, want = accelerated(), run(make(NAME), NAME)
+    model, want = accelerated(NAME), run(make(NAME), NAME)
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu", offload=True))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_numbers import alone, calls
+from one_sample import alone, calls
 from torch import nn
 
 import diffkern
@@ -33,7 +33,7 @@ def test_ops_give_a_sample_alone_what_they_give_it_in_a_batch(name, backend, dty
             plain = op(*args)
             with diffkern.batch_invariant():
                 together = op(*args)
-                singles = [tensors(op(*alone(op, args, i, batch)))[0] for i in range(batch)]
+                singles = [tensors(op(*alone(op, args, i)))[0] for i in range(batch)]
         assert (together.shape, together.stride()) == (plain.shape, plain.stride()), sample
         assert torch.equal(together, torch.cat(singles)), sample
         if plain.numel():  # another order of the sums, whose terms may be larger than what is left of them

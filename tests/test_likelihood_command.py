@@ -1,5 +1,5 @@
 """`diffkern likelihood` as a user meets it: the functions' figures, a run that goes on after a kill with the same ones,
-and one sentence and exit code 2 for whatever is wrong."""
+and its plot."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from folders import CONFIG, SCHEDULER, write_tiny
-from graphs import make_prompted
+from likelihood_runs import T, arguments, read
 from PIL import Image
-from sentences import expect_a_sentence
 
 import diffkern
 from diffkern import schedules
-from diffkern.cli import main
 from diffkern.data import Pictures, load_data
 from diffkern.data.emoji import LABELS
 from diffkern.likelihood import command, plot
@@ -30,43 +26,6 @@ from diffkern.likelihood.record import Record
 from diffkern.likelihood.run import METHODS, Settings, identity, run, settings_of
 from diffkern.likelihood.vdm import vdm
 from diffkern.likelihood.vlb import vlb
-from diffkern.models.unet import UNet2D
-
-T = 12
-
-
-@pytest.fixture(scope="module", name="folder")
-def make_folder(tmp_path_factory):
-    """The tiny model with a schedule of few timesteps, and beside it five pictures."""
-    folder = write_tiny(tmp_path_factory.mktemp("tiny"))
-    (folder / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, "num_train_timesteps": T}))
-    (folder / "pictures").mkdir()
-    for i, levels in enumerate(np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)):
-        Image.fromarray(levels).save(folder / "pictures" / f"picture-{i}.png")
-    return folder
-
-
-@pytest.fixture(name="here")
-def go_somewhere_empty(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-
-def arguments(folder, *more):
-    given = ["likelihood", "--model", folder, "--batch-size", 2, "--solver", "heun", "--steps", 3]
-    if "--data" not in more:
-        given += ["--data", folder / "pictures"]
-    return list(map(str, [*given, *more]))
-
-
-@pytest.fixture(name="score")
-def make_score(folder, here):
-    """Runs the command on the tiny model in an empty folder."""
-    return lambda *more: main(arguments(folder, *more))
-
-
-def read(path="likelihood.json"):
-    return json.loads(Path(path).read_text())
 
 
 def without_times(value):
@@ -190,6 +149,50 @@ def test_ctrl_c_says_what_is_kept(score, monkeypatch, capsys):
     assert os.listdir() == ["likelihood.json"]
 
 
+@pytest.mark.parametrize(("terms", "count"), [("all", T - 1), ("4", 4), (None, T - 1)])
+def test_terms_are_all_or_some(score, terms, count):
+    assert score("--method", "vlb", "-n", 1, *(() if terms is None else ("--terms", terms))) == 0
+    assert np.shape(read()["results"][0]["terms"]["transitions"]) == (1, count)
+
+
+def test_labels_are_used_where_the_model_has_them(folder):
+    model = diffkern.load(folder)
+    own = Pictures("own", torch.zeros(3, 3, 8, 8), ("a", "b", "c"), torch.tensor([1, 0, 1]), ("Flags", LABELS[0]))
+    labels, said = command._labels(model, own, None, unlabelled=False)
+    assert labels is not None
+    assert labels.tolist() == [0, 2, 0], "by name, not by number"
+    assert said == "own"
+    assert command._labels(model, own, None, unlabelled=True) == (None, "none")
+    labels, said = command._labels(model, own, "food", unlabelled=False)
+    assert labels is not None
+    assert labels.tolist() == [1, 1, 1]
+    assert said == "Food & Drink"
+    model.model.null_label = None
+    with pytest.raises(ValueError, match="needs a label, which own has not: give --label"):
+        command._labels(model, own, None, unlabelled=True)
+
+
+def test_a_model_is_known_by_its_weights_and_schedule(folder):
+    model = diffkern.load(folder)
+    before = identity(model)
+    assert before == identity(diffkern.load(folder))
+    with torch.no_grad():
+        next(p for p in model.model.parameters()).view(-1)[-1] += 1e-6
+    assert identity(model) != before
+
+
+def test_the_bar_ends_where_the_work_does(folder, here, capsys):
+    model, pictures = diffkern.load(folder), load_data("noise", (3, 8, 8), 3)
+    facts = {"noise": {"pictures": 3, "sha256": pictures.digest()}}
+    settings = Settings(tolerance=0.1)  # of dopri5, which chooses its steps: the bar only guesses their number
+    record = Record.open(Path("a.json"), "tiny", settings_of(model, settings, "auto"), facts, ["vlb", "ode"])
+    run(model, [pictures], {"noise": None}, ["vlb", "ode"], settings, record, batch_size=2, progress=True)
+    shown = capsys.readouterr().err.split("\r")
+    assert "noise, vlb: " in "".join(shown)
+    assert shown[-1].startswith("noise, ode: 100%|")
+    assert not [line for line in shown if "101%" in line]
+
+
 def test_a_plot_shows_every_set(score, folder):
     pytest.importorskip("matplotlib")
     assert score("-n", 2, "--data", "noise", "--data", folder / "pictures", "--plot", "terms.png") == 0
@@ -227,140 +230,3 @@ def test_the_plot_has_each_term_at_the_timesteps_that_it_was_taken_at(method, op
         low, high = edges[:-1].floor() + 1, edges[1:].ceil()
     assert ((taken >= low[:, None]) & (taken <= high[:, None])).all()
     assert ((t >= low - 0.5) & (t <= high + 0.5)).all()  # where parts of one timestep lie side by side around it
-
-
-@pytest.mark.parametrize(("terms", "count"), [("all", T - 1), ("4", 4), (None, T - 1)])
-def test_terms_are_all_or_some(score, terms, count):
-    assert score("--method", "vlb", "-n", 1, *(() if terms is None else ("--terms", terms))) == 0
-    assert np.shape(read()["results"][0]["terms"]["transitions"]) == (1, count)
-
-
-def test_labels_are_used_where_the_model_has_them(folder):
-    model = diffkern.load(folder)
-    own = Pictures("own", torch.zeros(3, 3, 8, 8), ("a", "b", "c"), torch.tensor([1, 0, 1]), ("Flags", LABELS[0]))
-    labels, said = command._labels(model, own, None, unlabelled=False)
-    assert labels is not None
-    assert labels.tolist() == [0, 2, 0], "by name, not by number"
-    assert said == "own"
-    assert command._labels(model, own, None, unlabelled=True) == (None, "none")
-    labels, said = command._labels(model, own, "food", unlabelled=False)
-    assert labels is not None
-    assert labels.tolist() == [1, 1, 1]
-    assert said == "Food & Drink"
-    model.model.null_label = None
-    with pytest.raises(ValueError, match="needs a label, which own has not: give --label"):
-        command._labels(model, own, None, unlabelled=True)
-
-
-def test_a_model_is_known_by_its_weights_and_schedule(folder):
-    model = diffkern.load(folder)
-    before = identity(model)
-    assert before == identity(diffkern.load(folder))
-    with torch.no_grad():
-        next(p for p in model.model.parameters()).view(-1)[-1] += 1e-6
-    assert identity(model) != before
-
-
-WRONG = {
-    ("--method", "unipc"): "'unipc' is a sampler, which draws pictures and gives no likelihood: choose one of vlb, vdm",
-    ("--method", "magic"): "no method is named 'magic': choose one of vlb, vdm, ode, all",
-    ("--data", "cats"): "no data is named 'cats': give a folder of PNGs or one of held-out, train, digits, noise",
-    ("--data", "."): ". has no picture whose name ends in .png",
-    ("-n", "0"): "-n must be at least 1, not 0",
-    ("--repeats", "0"): "--repeats must be at least 1, not 0",
-    ("--batch-size", "0"): "--batch-size must be at least 1, not 0",
-    ("--terms", str(T)): f"--terms must be all, or from 3 to {T - 1}, the number of transitions, not {T}",
-    ("--terms", "-1"): "--terms must be all, or from 3",
-    ("--tolerance", "nan"): "--tolerance must be finite and > 0, not nan",
-    ("--solver", "euler9"): "no solver is named 'euler9': choose one of dopri5",
-    ("--variance", "big"): "no variance is named 'big': choose one of fixed_small",
-    ("--divergence", "curl"): "no divergence is named 'curl': choose one of hutchinson, difference, exact",
-    (
-        "--divergence",
-        "difference",
-        "--dtype",
-        "bfloat16",
-    ): "--divergence difference says nothing in bfloat16: take hutchinson, or",
-    ("--dequantization", "no"): "no dequantization is named 'no': choose one of uniform, variational",
-    ("--label", "dragons"): "no label is named 'dragons'",
-    ("--dtype", "int8"): "no dtype is named 'int8': choose one of",
-    ("--device", "tpu"): "no device is named 'tpu' here",
-    ("--seed", str(1 << 64)): "does not fit in 64 bits",
-    ("--out", "no/such/place.json"): "cannot write no/such/place.json: no/such is not a folder",
-    ("--plot", "terms.gif"): "cannot draw terms.gif: give a name that ends in .png, .svg, .pdf",
-    ("--plot", "terms.png", "--method", "ode"): "--plot draws the terms of vlb and vdm: ask for one of them too",
-    ("--plot", "no/such/place.png"): "cannot write no/such/place.png: no/such is not a folder",
-}
-
-
-@pytest.mark.parametrize("args", WRONG, ids=" ".join)
-def test_wrong_input_gets_a_sentence(score, args, capsys):
-    expect_a_sentence(lambda: score(*args), WRONG[args], capsys)
-
-
-def test_a_file_of_another_run_is_left_alone(score, folder, tmp_path, capsys):
-    assert score("--method", "vlb", "-n", 1) == 0
-    before = Path("likelihood.json").read_bytes()
-    other = write_tiny(tmp_path / "other")
-    for args, said in (
-        (("--seed", 1, "--repeats", 2), "holds a run with seed 0, not 1 and repeats 1, not 2: give another --out, or"),
-        (("-n", 2), f"1 pictures of {folder / 'pictures'}, not 2"),
-        (("--model", other), "another model"),
-        (("--label", "food"), f"other labels of {folder / 'pictures'}"),
-    ):
-        given = ("--method", "vlb", "-n", 1, *args)
-        expect_a_sentence(lambda given=given: score(*given), said, capsys, left=["likelihood.json"])
-        assert Path("likelihood.json").read_bytes() == before
-    assert score("--method", "vlb", "-n", 1, "--seed", 1, "--restart") == 0
-    assert read()["settings"]["seed"] == 1
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "x"}', "half"])
-def test_a_damaged_file_is_left_alone(score, content, capsys):
-    if content == "half":
-        assert score("--method", "vlb", "-n", 2) == 0
-        value = read()
-        value["results"][0]["log_p"].pop()
-        content = json.dumps(value)
-    Path("likelihood.json").write_text(content)
-    message = "likelihood.json is damaged, or no result of this command: give another --out, or --restart"
-    expect_a_sentence(lambda: score("--method", "vlb", "-n", 2), message, capsys, left=["likelihood.json"])
-    assert Path("likelihood.json").read_text() == content
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_numbers_that_are_not_finite_are_no_figures(score, folder, method, monkeypatch, capsys):
-    load = diffkern.load
-
-    def broken(*args, **kwargs):
-        model = load(*args, **kwargs)
-        model.model.state_dict()["conv_out.bias"][0] = torch.nan
-        return model
-
-    monkeypatch.setattr(command, "load", broken)
-    message = "that are not finite in bfloat16: try --dtype float32"
-    expect_a_sentence(lambda: score("--method", method, "--dtype", "bfloat16"), message, capsys)
-
-
-def test_a_model_of_latents_or_with_a_prompt_is_refused(score, tmp_path, capsys):
-    latents, prompted = tmp_path / "latents", tmp_path / "prompted"
-    UNet2D(replace(CONFIG, in_channels=4, out_channels=4)).save(latents, torch.float32)
-    make_prompted()[0].save(prompted, torch.float32)
-    for folder, said in (
-        (latents, "the model's samples are 4 x 8 x 8, and no pictures of 1 or 3 channels"),
-        (prompted, "prompted needs a prompt: only models of pictures alone are scored"),
-    ):
-        (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-        expect_a_sentence(lambda folder=folder: score("--model", folder), said, capsys)
-
-
-def test_the_bar_ends_where_the_work_does(folder, here, capsys):
-    model, pictures = diffkern.load(folder), load_data("noise", (3, 8, 8), 3)
-    facts = {"noise": {"pictures": 3, "sha256": pictures.digest()}}
-    settings = Settings(tolerance=0.1)  # of dopri5, which chooses its steps: the bar only guesses their number
-    record = Record.open(Path("a.json"), "tiny", settings_of(model, settings, "auto"), facts, ["vlb", "ode"])
-    run(model, [pictures], {"noise": None}, ["vlb", "ode"], settings, record, batch_size=2, progress=True)
-    shown = capsys.readouterr().err.split("\r")
-    assert "noise, vlb: " in "".join(shown)
-    assert shown[-1].startswith("noise, ode: 100%|")
-    assert not [line for line in shown if "101%" in line]

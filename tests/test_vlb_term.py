@@ -11,18 +11,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import diffkern
-from diffkern.op import availability, use_backend
+from diffkern.op import use_backend
 from diffkern.ops.vlb_term import BIN, C1, CLIP, K0, LOGVAR_MAX, LOGVAR_MIN, VAR, WIDTH, A, B
-
-
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request):
-    if (reason := availability(request.param)) is not None:
-        pytest.skip(reason)
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("runs on GPU tensors; the samples here are on the CPU")
-    with use_backend(request.param):
-        yield request.param
 
 
 def term(x0: Tensor, mean: Tensor, row: dict[int, float], v: Tensor | None = None) -> Tensor:
