@@ -220,20 +220,21 @@ def delta(got: Tensor, want: Tensor) -> float:
 
 @torch.no_grad()
 def run(model: Any, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """All that a call returns, in one row, float64."""
-    args, kwargs = MODELS[name][2]()
+    """All that a call returns, in one row, float64, on the device of the model."""
+    args, kwargs = moved(MODELS[name][2](), dtype, next(model.parameters()).device)
     # On its way through, a tiny VAE rounds what it encodes to 8 bits, and takes float32 only.
     call = model.decode if name == "tiny VAE" else model
-    out = call(*_cast(args, dtype), **_cast(kwargs, dtype), return_dict=False)
+    out = call(*args, **kwargs, return_dict=False)
     flat: list[Tensor] = []
     for entry in out:
         flat.extend(entry if isinstance(entry, (tuple, list)) else [entry])
     return torch.cat([t.flatten().double() for t in flat])
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def moved(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A call's arguments: what is a float in that dtype, all on that device."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
     if isinstance(value, tuple):
-        return tuple(_cast(v, dtype) for v in value)
-    return {k: _cast(v, dtype) for k, v in value.items()} if isinstance(value, dict) else value
+        return tuple(moved(v, dtype, device) for v in value)
+    return {k: moved(v, dtype, device) for k, v in value.items()} if isinstance(value, dict) else value

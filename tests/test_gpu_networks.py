@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import diffkern
 
 pytest.importorskip("diffusers")
 
-from diffusers_models import MODELS, make
+from diffusers_models import MODELS, make, moved, run
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -23,26 +22,6 @@ OWN: dict[str, Any] = {
     "SDXL": diffkern.UNet2DCondition,
     "DiT": diffkern.DiT,
 }
-
-
-def moved(value: Any, dtype: torch.dtype) -> Any:
-    """A call's arguments on the device."""
-    if isinstance(value, Tensor):
-        return value.to(DEVICE, dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, tuple):
-        return tuple(moved(v, dtype) for v in value)
-    return {k: moved(v, dtype) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-@torch.no_grad()
-def run(model: Any, name: str, dtype: torch.dtype) -> Tensor:
-    args, kwargs = MODELS[name][2]()
-    call = model.decode if name == "tiny VAE" else model
-    out = call(*moved(args, dtype), **moved(kwargs, dtype), return_dict=False)
-    flat: list[Tensor] = []
-    for entry in out:
-        flat.extend(entry if isinstance(entry, (tuple, list)) else [entry])
-    return torch.cat([t.flatten().double() for t in flat])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -64,12 +43,12 @@ def test_accelerated_equals_plain(name):
 @torch.no_grad()
 def test_own_networks_equal_diffusers(name, tmp_path):
     make(name).save_pretrained(tmp_path)
-    args, kwargs = moved(MODELS[name][2](), torch.float32)
+    args, kwargs = moved(MODELS[name][2](), torch.float32, DEVICE)
     exact = make(name).to(DEVICE)(*args, **kwargs, return_dict=False)[0][:, : args[0].shape[1]]
     given = kwargs.pop("added_cond_kwargs", {})
     ours = OWN[name].from_folder(tmp_path, device=DEVICE)
     assert (ours(*args, **kwargs, **given) - exact).abs().max() <= 1e-4 * exact.std()
-    args, kwargs, given = moved((MODELS[name][2]()[0], kwargs, given), torch.bfloat16)
+    args, kwargs, given = moved((MODELS[name][2]()[0], kwargs, given), torch.bfloat16, DEVICE)
     plain = make(name, torch.bfloat16).to(DEVICE)
     more = {"added_cond_kwargs": given} if given else {}
     theirs = plain(*args, **kwargs, **more, return_dict=False)[0][:, : args[0].shape[1]]

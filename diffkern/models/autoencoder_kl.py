@@ -89,9 +89,7 @@ class AutoencoderKLConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> AutoencoderKLConfig:
         """Read a diffusers config. Raises ModelError naming a value that this implementation cannot build."""
-        known = {f.name for f in fields(cls)}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-        return cls(**values)
+        return cls(**folder.values_of(cls, config))
 
 
 def _pictures(pixels: int) -> int:

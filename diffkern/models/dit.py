@@ -80,8 +80,7 @@ class DiTConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> DiTConfig:
         """Read a diffusers config. Raises ModelError naming a value that this implementation cannot build."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in config.items() if k in known})
+        return cls(**folder.values_of(cls, config))
 
 
 @functools.lru_cache(maxsize=8)

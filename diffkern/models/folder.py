@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object")
     return value
+
+
+def values_of(dataclass: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of the fields of a dataclass, lists as tuples. Its other keys are left out."""
+    known = {f.name for f in fields(dataclass)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
 
 
 def read_config(path: str | Path, *class_names: str) -> dict[str, Any]:

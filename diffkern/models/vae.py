@@ -56,9 +56,7 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> VAEConfig:
         """Read a config.json. Raises ModelError naming a value that cannot be built."""
-        known = {f.name for f in fields(cls)}
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-        return cls(**values)
+        return cls(**folder.values_of(cls, config))
 
 
 class Normal(NamedTuple):
