@@ -81,7 +81,10 @@ def integers(*shape: int, most: int, seed: int) -> torch.Tensor:
 
 
 @forms
-@pytest.mark.parametrize(("channels", "results", "height", "width"), [(64, 64, 8, 8), (100, 131, 5, 11), (35, 5, 7, 4)])
+@pytest.mark.parametrize(
+    ("channels", "results", "height", "width"),
+    [(64, 64, 8, 8), (100, 131, 5, 11), (35, 5, 7, 4), (33, 33, 6, 5), (17, 49, 4, 9), (65, 145, 5, 5), (49, 17, 4, 4)],
+)
 def test_integers_come_out_exactly(channels, results, height, width, pixels, upsample):
     """Of multiples of 4 all halves and quarters on the way are integers, of 576 all twenty-fourths too, and all sums
     are below 2^24."""

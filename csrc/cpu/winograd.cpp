@@ -14,12 +14,13 @@ constexpr const char* kOp = "diffkern::winograd";
 constexpr int64_t kTiles = 6 * 14;   // in a block: whole products of either size, and weights enough times used
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
 
-template <class T, class F, int V>
+template <class T, class F>
 void run(const Problem& p, const Data<T>& data) {
-  const int64_t blocks = (p.tiles() + p.block - 1) / p.block, groups = Panels(p.results).groups();
-  const int64_t work = p.block * kPanels * V * kLanes * F::kArea * p.channels;
+  const Panels panels(p.results);
+  const int64_t blocks = (p.tiles() + p.block - 1) / p.block, groups = panels.groups();
+  const int64_t work = p.block * panels.size(F::kArea, p.channels) / groups;
   torch::stable::parallel_for(0, blocks * groups, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
-    Worker<T, F, V> worker(p, data);
+    Worker<T, F> worker(p, data);
     for (int64_t i = begin; i < end; ++i) {
       worker.run(i / groups, i % groups);
     }
@@ -87,15 +88,12 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
     ++blocks;
   }
   p.block = (p.tiles() + blocks - 1) / blocks;
-  const int64_t width = panels.count * panels.width;
-  const std::vector<float> shift = shifts(p, bias, add, width);
+  const std::vector<float> shift = shifts(p, bias, add, panels.total);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
     const Data<T> data{static_cast<const T*>(x.const_data_ptr()), weight.const_data_ptr(), shift.data(),
-                       add ? width : 0,
+                       add ? panels.total : 0,
                        residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, data_of<T>(out)};
-    with_form(pixels, upsample, [&]<class F>() {
-      results <= kLanes ? run<T, F, 1>(p, data) : run<T, F, 2>(p, data);
-    });
+    with_form(pixels, upsample, [&]<class F>() { run<T, F>(p, data); });
   });
   return out;
 }

@@ -17,17 +17,19 @@ namespace diffkern {
 // The sums over channels are taken in blocks of so many, which are then added: with one long chain of additions the
 // error would be up to twice that of the direct convolution.
 constexpr int64_t kDepth = 64;
+constexpr int64_t kWidth = 2 * kLanes;            // results in a panel
 constexpr int64_t kPanels = 4;                    // of results that one pass over the points of a block makes
 constexpr int kRows = kRegisters == 32 ? 14 : 6;  // of a product that the registers hold, of two vectors each
 
-// The panels of the weight: `width` results each, the last filled up with zeros.
+// The panels of the weight: kWidth results each, and the last as few vectors as hold what is left, filled up with zeros.
 struct Panels {
-  int64_t width, count;
+  int64_t total, count;  // results with those zeros, and panels
 
   explicit Panels(int64_t results)
-      : width(results <= kLanes ? kLanes : 2 * kLanes), count((results + width - 1) / width) {}
+      : total((results + kLanes - 1) / kLanes * kLanes), count((results + kWidth - 1) / kWidth) {}
 
-  int64_t size(int64_t points, int64_t channels) const { return count * width * points * channels; }
+  int64_t width(int64_t panel) const { return std::min(kWidth, total - panel * kWidth); }
+  int64_t size(int64_t points, int64_t channels) const { return total * points * channels; }
 
   // Groups of panels, as even as can be.
   int64_t groups() const { return (count + kPanels - 1) / kPanels; }
@@ -35,10 +37,17 @@ struct Panels {
 
   // Where the panel of a point that is kept begins. Panels of [C, width] lie in the order in which they are read.
   int64_t at(int64_t panel, int64_t point, int64_t points, int64_t channels) const {
-    const int64_t group = ((panel + 1) * groups() - 1) / count, first = begin(group);
-    return (first * points + point * (begin(group + 1) - first) + panel - first) * channels * width;
+    const int64_t group = ((panel + 1) * groups() - 1) / count, first = begin(group) * kWidth;
+    const int64_t together = std::min(begin(group + 1) * kWidth, total) - first;
+    return (first * points + point * together + panel * kWidth - first) * channels;
   }
 };
+
+// f.operator()<V>() with the vectors of a panel of `width` results.
+template <class F>
+void with_vectors(int64_t width, F f) {
+  width == kLanes ? f.template operator()<1>() : f.template operator()<2>();
+}
 
 // M x M pixels at a time, of a picture as it is or doubled. Multiplications of a channel, for those of the definition:
 // 16 for 36 and 36 for 144; doubled 9 for 36 and 25 for 144.

@@ -50,8 +50,8 @@ void gather(const T* weight, bool channels_last, int64_t results, int64_t channe
 template <class T>
 void arrange(const T* weight, bool channels_last, int64_t results, int64_t channels, const Panels& panels,
              int64_t panel, T* out) {
-  const int64_t width = panels.width, begin = panel * width, count = std::min(width, results - begin);
-  out += panel * channels * 9 * width;
+  const int64_t width = panels.width(panel), begin = panel * kWidth, count = std::min(width, results - begin);
+  out += begin * channels * 9;
   std::fill_n(out, channels * 9 * width, T{});
   for (int64_t r = 0; r < count; ++r) {
     const T* from = weight + (begin + r) * channels * 9;
@@ -64,32 +64,32 @@ void arrange(const T* weight, bool channels_last, int64_t results, int64_t chann
 }
 
 // One panel at its points, computed in float64 and rounded once.
-template <class F, int64_t kWidth, class T>
+template <class F, class T>
 void fill(const T* weight, bool channels_last, int64_t results, int64_t channels, const Panels& panels, int64_t panel,
           float* out) {
   constexpr int kPoints = F::kPoints;
   float kernel[kChannels * 9 * kWidth];
   double half[3 * kPoints * kWidth], whole[F::kArea * kWidth];
-  const int64_t begin = panel * kWidth, count = std::min(kWidth, results - begin);
+  const int64_t width = panels.width(panel), begin = panel * kWidth, count = std::min(width, results - begin);
   for (int64_t c = 0; c < channels; ++c) {
     if (c % kChannels == 0) {
-      gather(weight + begin * channels * 9, channels_last, count, channels, c, std::min(kChannels, channels - c), kWidth,
+      gather(weight + begin * channels * 9, channels_last, count, channels, c, std::min(kChannels, channels - c), width,
              kernel);
     }
-    const float* g = kernel + c % kChannels * 9 * kWidth;
-    for (int64_t i = 0; i < 3 * kWidth; ++i) {
-      line(F{}, g[i], g[i + 3 * kWidth], g[i + 6 * kWidth], half + i, 3 * kWidth);
+    const float* g = kernel + c % kChannels * 9 * width;
+    for (int64_t i = 0; i < 3 * width; ++i) {
+      line(F{}, g[i], g[i + 3 * width], g[i + 6 * width], half + i, 3 * width);
     }
     for (int64_t j = 0; j < kPoints; ++j) {
-      const double* row = half + 3 * j * kWidth;
-      for (int64_t i = 0; i < kWidth; ++i) {
-        line(F{}, row[i], row[i + kWidth], row[i + 2 * kWidth], whole + j * kPoints * kWidth + i, kWidth);
+      const double* row = half + 3 * j * width;
+      for (int64_t i = 0; i < width; ++i) {
+        line(F{}, row[i], row[i + width], row[i + 2 * width], whole + j * kPoints * width + i, width);
       }
     }
     for (int64_t point = 0; point < F::kArea; ++point) {
-      float* to = out + panels.at(panel, point, F::kArea, channels) + c * kWidth;
-      for (int64_t i = 0; i < kWidth; ++i) {
-        to[i] = static_cast<float>(whole[point * kWidth + i]);
+      float* to = out + panels.at(panel, point, F::kArea, channels) + c * width;
+      for (int64_t i = 0; i < width; ++i) {
+        to[i] = static_cast<float>(whole[point * width + i]);
       }
     }
   }
@@ -119,12 +119,8 @@ Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
     };
     if (!keeps) {
       each(arrange<T>, data_of<T>(out));
-    } else if (upsample) {
-      each(panels.width == kLanes ? fill<Form<2, true>, kLanes, T> : fill<Form<2, true>, 2 * kLanes, T>,
-           data_of<float>(out));
     } else {
-      each(panels.width == kLanes ? fill<Form<2, false>, kLanes, T> : fill<Form<2, false>, 2 * kLanes, T>,
-           data_of<float>(out));
+      each(upsample ? fill<Form<2, true>, T> : fill<Form<2, false>, T>, data_of<float>(out));
     }
   });
   return out;

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <array>
-#include <type_traits>
 
 namespace diffkern {
 
@@ -20,6 +19,7 @@ struct Problem {
   int64_t tile_rows, tile_columns, block;  // tiles, and how many are worked on together
   bool silu;
 
+  int64_t numbers() const { return batch * height * width * channels; }
   int64_t tiles() const { return batch * tile_rows * tile_columns; }
   int64_t depths() const { return (channels + kDepth - 1) / kDepth; }
 };
@@ -28,14 +28,14 @@ template <class T>
 struct Data {
   const T* x;
   const void* weight;  // of winograd_weight: float where points are kept, else T
-  const float* shift;  // bias and add, [B, panels * width], of one row if there is no add
+  const float* shift;  // bias and add, [B, Panels::total], of one row if there is no add
   int64_t shift_stride;
   const T* residual;
   T* out;
 };
 
-// F: the form. V: vectors in a panel.
-template <class T, class F, int V>
+// F: the form.
+template <class T, class F>
 class Worker {
  public:
   Worker(const Problem& p, const Data<T>& data)
@@ -64,7 +64,6 @@ class Worker {
   }
 
  private:
-  static constexpr int64_t kWidth = V * kLanes;
   static constexpr int kPixels = F::kPatch * F::kPatch;
   static constexpr bool kKeeps = keeps_points(F::kPixels);
   static constexpr int64_t kSums = kKeeps ? kPanels : 1;        // panels that have sums at once
@@ -79,15 +78,19 @@ class Worker {
       for (int64_t i = 0; i < panels; ++i) {
         const float* weight =
             static_cast<const float*>(data_.weight) + panels_.at(panel + i, point, F::kArea, p_.channels);
-        for (int64_t d = 0; d < p_.depths(); ++d) {
-          product<V>(tiles, points_ + point * step_ + d * p_.block * kDepth, weight + d * kDepth * kWidth,
-                     std::min(kDepth, p_.channels - d * kDepth), d == 0, sums_ + (i * F::kArea + point) * sum_step_);
-        }
+        with_vectors(panels_.width(panel + i), [&]<int V>() {
+          for (int64_t d = 0; d < p_.depths(); ++d) {
+            product<V>(tiles, points_ + point * step_ + d * p_.block * kDepth, weight + d * kDepth * V * kLanes,
+                       std::min(kDepth, p_.channels - d * kDepth), d == 0, sums_ + (i * F::kArea + point) * sum_step_);
+          }
+        });
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
       for (int64_t i = 0; i < panels; ++i) {
-        write(first + t, (panel + i) * kWidth, sums_ + i * F::kArea * sum_step_ + t * kWidth);
+        with_vectors(panels_.width(panel + i), [&]<int V>() {
+          write<V>(first + t, panel + i, sums_ + i * F::kArea * sum_step_ + t * V * kLanes);
+        });
       }
     }
   }
@@ -95,29 +98,33 @@ class Worker {
   // By points made here: those of a panel for some channels, which the cache holds until all tiles have used them.
   void make_weights(int64_t first, int64_t tiles, int64_t panel, int64_t panels) {
     for (int64_t i = panel; i < panel + panels; ++i) {
-      for (int64_t d = 0; d < p_.depths(); ++d) {
-        const int64_t n = weigh(i, d);
-        const float* points = points_ + d * p_.block * kDepth;
-        for (int64_t point = 0; point < F::kArea; ++point, points += step_) {
-          product<V>(tiles, points, weights_ + point * kWeightStep, n, d == 0, sums_ + point * sum_step_,
-                     points + step_);
+      with_vectors(panels_.width(i), [&]<int V>() {
+        for (int64_t d = 0; d < p_.depths(); ++d) {
+          const int64_t n = weigh<V>(i, d);
+          const float* points = points_ + d * p_.block * kDepth;
+          for (int64_t point = 0; point < F::kArea; ++point, points += step_) {
+            product<V>(tiles, points, weights_ + point * kWeightStep, n, d == 0, sums_ + point * sum_step_,
+                       points + step_);
+          }
         }
-      }
-      for (int64_t t = 0; t < tiles; ++t) {
-        write(first + t, i * kWidth, sums_ + t * kWidth);
-      }
+        for (int64_t t = 0; t < tiles; ++t) {
+          write<V>(first + t, i, sums_ + t * V * kLanes);
+        }
+      });
     }
   }
 
   // The points of a panel's weights, of some channels. Returns how many.
+  template <int V>
   int64_t weigh(int64_t panel, int64_t depth) {
+    constexpr int64_t width = V * kLanes;
     const int64_t n = std::min(kDepth, p_.channels - depth * kDepth);
-    const T* from = static_cast<const T*>(data_.weight) + (panel * p_.channels + depth * kDepth) * 9 * kWidth;
-    float room[9 * kWidth];
+    const T* from = static_cast<const T*>(data_.weight) + (panel * p_.channels * kWidth + depth * kDepth * width) * 9;
+    float room[9 * width];
     for (int64_t c = 0; c < n; ++c) {
-      const float* kernel = as_float(from + c * 9 * kWidth, room, 9 * kWidth);
-      for (int64_t v = 0; v < kWidth; v += kLanes) {
-        weigh_all<F>(kernel + v, kWidth, weights_ + c * kWidth + v, kWeightStep);
+      const float* kernel = as_float(from + c * 9 * width, room, 9 * width);
+      for (int64_t v = 0; v < width; v += kLanes) {
+        weigh_all<F>(kernel + v, width, weights_ + c * width + v, kWeightStep);
       }
     }
     return n;
@@ -144,24 +151,29 @@ class Worker {
     }
   }
 
-  // n channels as float32 that can be read in whole vectors. What then is behind them is never used.
-  static const float* whole(const T* x, int64_t n, float* room) {
-    if (std::is_same_v<T, float> && n % kLanes == 0) {
-      return as_float(x, room, n);
+  // n channels as float32 that can be read in whole vectors. What then is behind them is never used: the next pixel, but
+  // for the last of all.
+  const float* whole(const T* x, int64_t n, float* room) const {
+    const int64_t vectors = (n + kLanes - 1) / kLanes * kLanes;
+    if (vectors <= data_.x + p_.numbers() - x) {
+      return as_float(x, room, vectors);
     }
     widen(x, room, n);
     return room;
   }
 
-  // The pixels of a tile, a panel of results from `first` on.
-  void write(int64_t tile, int64_t first, const float* sums) {
+  // The pixels of a tile, a panel of results.
+  template <int V>
+  void write(int64_t tile, int64_t panel, const float* sums) {
     constexpr int kPoints = F::kPoints, kSide = F::kPixels;
+    constexpr int64_t width = V * kLanes;
+    const int64_t first = panel * kWidth, n = std::min(width, p_.results - first);
     const int64_t column = tile % p_.tile_columns * kSide, row = tile / p_.tile_columns % p_.tile_rows * kSide;
     const int64_t sample = tile / p_.tile_columns / p_.tile_rows;
     const float* shift = data_.shift + sample * data_.shift_stride + first;
-    alignas(64) float pixel[kSide * kSide][kWidth];
+    alignas(64) float pixel[kSide * kSide][width];
 #pragma GCC unroll 2
-    for (int64_t v = 0; v < kWidth; v += kLanes) {
+    for (int64_t v = 0; v < width; v += kLanes) {
       const Vector rest = *reinterpret_cast<const LooseVector*>(shift + v);
       Vector half[kSide * kPoints];  // pixels of each column of points
 #pragma GCC unroll 6
@@ -183,14 +195,13 @@ class Worker {
         }
       }
     }
-    const int64_t n = std::min(kWidth, p_.results - first);
     for (int i = 0; i < kSide * kSide; ++i) {
       const int64_t at_y = row + i / kSide, at_x = column + i % kSide;
       if (at_y < p_.out_height && at_x < p_.out_width) {
         const int64_t at = ((sample * p_.out_height + at_y) * p_.out_width + at_x) * p_.results + first;
         const T* residual = data_.residual == nullptr ? nullptr : data_.residual + at;
         T* out = data_.out + at;
-        n == kWidth ? finish(pixel[i], residual, out, kWidth) : finish(pixel[i], residual, out, n);
+        n == width ? finish(pixel[i], residual, out, width) : finish(pixel[i], residual, out, n);
       }
     }
   }
