@@ -34,19 +34,27 @@ def tile(
     n, channels, *kernel = weight.shape
     if kernel != [3, 3] or stride != 1 or (upsample and sides != (1, 1, 1, 1)):
         return 0
-    # Below 32 channels the transforms take longer than the products that they save. Below 4 x 4 pixels most of what is
-    # computed lies outside the picture, and reading the weights takes the time: they are 16/9 as large.
-    # For few results of many channels too, the transforms are most of the work.
-    if not _measured() or channels < 32 or min(size) < 4 or (n <= 16 and channels > 128):
+    # Below 16 channels not even one vector is filled.
+    if not _measured() or channels < 16:
+        return 0
+    pixels, weights = size[0] * size[1], n * channels
+    native = compute_dtype(dtype, convolution=True) == dtype
+    if dtype == torch.float32 or not native:
+        # Below 4 x 4 pixels most of what is computed lies outside the picture, and reading the weights takes the time:
+        # they are 16/9 as large.
+        if min(size) < 4 and weights > 1 << 16:
+            return 0
+    # The transforms of a picture take longer than what they save where there are few products, results counted in
+    # vectors, and where few results are made of many channels. For a small picture, to begin takes oneDNN longer.
+    elif pixels > 256 and (channels * -(-n // 16) < 48 or (n <= 16 and channels > 128)):
         return 0
     if dtype == torch.float32:
         return 2
-    native = compute_dtype(dtype, convolution=True) == dtype
     # Weights of 4 x 4 tiles become 36 float32 for 9 numbers, anew for every block of tiles. When this was timed they
     # were kept and read once a block: that paid if they stayed in the cache, or if there were many tiles. It has not
     # been timed against AMX.
-    many = min(size) >= 8 and (n * channels <= 1 << 17 or size[0] * size[1] >= 1024)
-    if many and not (native and torch.cpu._is_amx_tile_supported()):
+    many = min(size) >= 8 and (weights <= 1 << 17 or pixels >= 1024)
+    if (many or weights <= 1 << 12) and not (native and torch.cpu._is_amx_tile_supported()):
         return 4
     return 0 if native else 2
 

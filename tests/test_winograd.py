@@ -76,6 +76,29 @@ def test_the_tile_depends_on_what_the_cpu_multiplies(monkeypatch, dtype, native,
         assert winograd.tile(weight, 1, (0, 1, 0, 1), True, (16, 16), dtype) == 0
 
 
+@pytest.mark.parametrize(
+    ("channels", "results", "size", "single", "half"),
+    [
+        (15, 64, (8, 8), 0, 0),  # less than a vector
+        (16, 16, (16, 16), 2, 4),
+        (16, 16, (16, 17), 2, 0),  # few products, many pixels
+        (24, 24, (64, 64), 2, 4),
+        (320, 4, (32, 32), 2, 0),  # few results of many channels
+        (128, 3, (32, 32), 2, 4),
+        (64, 64, (2, 3), 2, 4),  # within a tile
+        (256, 256, (3, 3), 2, 0),
+        (257, 256, (3, 3), 0, 0),
+    ],
+)
+def test_few_channels_and_few_pixels_have_their_own_limits(monkeypatch, channels, results, size, single, half):
+    """half: of bfloat16 with AVX512_BF16."""
+    monkeypatch.setattr(winograd, "compute_dtype", lambda dtype, convolution: dtype)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for dtype, expected in ((torch.float32, single), (torch.bfloat16, half)):
+        weight = torch.empty(results, channels, 3, 3, device="meta", dtype=dtype)
+        assert winograd.tile(weight, 1, ONE, False, size, dtype) == expected
+
+
 def integers(*shape: int, most: int, seed: int) -> torch.Tensor:
     return torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 

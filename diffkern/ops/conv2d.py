@@ -222,6 +222,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("Winograd, 4 x 4, half a panel", (2, 33, 8, 9), 33, extras=everything, activation="silu")
     yield sample("Winograd, 4 x 4, half a panel, all but full", (2, 49, 8, 8), 47)
     yield sample("Winograd, 4 x 4, half a panel, upsample", (2, 65, 6, 5), 48, extras=everything, upsample=True)
+    yield sample("Winograd, 4 x 4, 16 channels and few pixels", (3, 16, 2, 3), 17, extras="bias add")
     yield sample("Winograd, far from zero", (2, 64, 6, 6), 24, far=100.0)
     # In 16 bits these are computed in tiles of 4 x 4; pictures that tiles do not divide, a last panel that is not full.
     yield sample("Winograd, 4 x 4", (2, 70, 9, 11), 37, extras=everything, activation="silu")
