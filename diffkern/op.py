@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-import importlib.util
 import inspect
 import os
 import re
@@ -26,10 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import invariant, native
+from diffkern import invariant
+from diffkern.available import availability, triton_interpreted
 from diffkern.layout import dense
 
 OPS: dict[str, Op] = {}
+_EMPTY = inspect.Parameter.empty
 BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 
 _LIBRARY = torch.library.Library("diffkern", "DEF")
@@ -79,12 +79,13 @@ class Backend:
         """The reason that this backend cannot run on `args`, or None when it can."""
         if not self.devices:  # the reference runs everywhere
             return None
-        # The device first: it rules out most backends, and asking for it costs next to nothing.
-        for a in args:
-            if isinstance(a, Tensor) and (found := a.device.type) not in self.devices:
-                if found == "cpu" and self.is_interpreted():
-                    continue
+        for found in devices_of(args):
+            if found not in self.devices and not (found == "cpu" and self.is_interpreted()):
                 return f"runs on {' or '.join(self.devices)} tensors, not on {found}"
+        return self.cannot(args)
+
+    def cannot(self, args: tuple[Any, ...]) -> str | None:
+        """The same of arguments on the right device."""
         if (unavailable := availability(self.name)) is not None:
             return unavailable
         answer = True if self.supports is None else self.supports(*args)
@@ -98,6 +99,15 @@ class Backend:
         """Whether this is Triton in its interpreter, which runs the GPU kernels on CPU tensors: how a machine without
         a GPU tests them, and nothing to choose for speed."""
         return self.name == "triton" and triton_interpreted()
+
+
+def devices_of(args: tuple[Any, ...]) -> set[str]:
+    """The types of the devices that tensors among the arguments are on."""
+    found = set()
+    for a in args:
+        if isinstance(a, Tensor):  # of the two common ones the name is not made anew
+            found.add("cuda" if a.is_cuda else "cpu" if a.is_cpu else a.device.type)
+    return found
 
 
 def _no_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -125,6 +135,7 @@ class Op:
         self.__doc__ = self.reference.__doc__
         self.signature = inspect.signature(self.reference)
         self.defaults = tuple(p.default for p in self.signature.parameters.values())
+        self.mandatory = sum(default is _EMPTY for default in self.defaults)
         self.positions = {name: i for i, name in enumerate(self.signature.parameters)}
         given = self.signature.parameters.values()
         self.required = [i for i, parameter in enumerate(given) if parameter.annotation == "Tensor"]
@@ -157,7 +168,8 @@ class Op:
                 break
             values[at] = value
         else:
-            if len(values) == len(self.defaults) and inspect.Parameter.empty not in values[given:]:
+            # By identity: tensors that are asked whether they equal something take longer than all the rest.
+            if len(values) == len(self.defaults) and not any(v is _EMPTY for v in values[given : self.mandatory]):
                 return tuple(values)
         self.signature.bind(*args, **kwargs)  # ten times slower, but it knows what to say
         raise AssertionError("a call that Python would bind")
@@ -210,8 +222,12 @@ class Op:
         """The backend that a call with these arguments takes now. Raises BackendError if a forced one cannot."""
         forced = forced_backend()
         if forced is None:
+            # The devices first: they rule out most backends, and are asked for once.
+            on = devices_of(args)
             for b in self.backends:
-                if b.why_not(args) is None and not b.is_interpreted() and b.why_defer(args) is None:
+                if not on.issubset(b.devices) or b.cannot(args) is not None or b.is_interpreted():
+                    continue
+                if b.why_defer(args) is None:
                     return b
             return self.fallback
         for b in self.all_backends():
@@ -247,33 +263,6 @@ def op(reference: Callable[..., Any]) -> Op:
         raise ValueError(f"there is an op named {name!r} already")
     OPS[name] = Op(reference)
     return OPS[name]
-
-
-@functools.cache
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors: decided once, as Triton does when imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _has_gpu() -> bool:
-    """Asked once: the driver's answer takes as long as a small kernel, and every call would wait for it."""
-    return torch.cuda.is_available()
-
-
-def availability(backend: str) -> str | None:
-    """None when the backend can run on this machine at all, else the reason why not."""
-    if backend == "triton":
-        if not _triton_installed():
-            return "triton is not installed (pip install 'diffkern[triton]')"
-        if not triton_interpreted() and not _has_gpu():
-            return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return native.why_not(backend) if backend in native.LIBRARIES else None
 
 
 def forced_backend() -> str | None:
