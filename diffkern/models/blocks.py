@@ -129,11 +129,6 @@ class ResnetBlock(nn.Module):
         return conv2d(skip, other, residual=conv2d(x, own, conv.bias))
 
 
-def resnet_blocks(model: nn.Module) -> list[ResnetBlock]:
-    """The residual blocks of a model, in the order that they were made in."""
-    return [m for m in model.modules() if isinstance(m, ResnetBlock)]
-
-
 class Context(NamedTuple):
     """What tokens attend to. keys, values: [R, T, H, D]. mask: bool [R, 1, 1, T], True where there is a key, or None.
     Each of the R rows serves B / R samples of a batch in turn: a prompt that is the same for all has one row."""

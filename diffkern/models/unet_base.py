@@ -22,7 +22,6 @@ from diffkern.models.blocks import (
     Upsample,
     convolve,
     norm_silu,
-    resnet_blocks,
 )
 from diffkern.models.unet_config import UNetConfig
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -112,7 +111,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
-        self.time_widths = [block.time_emb_proj.out_features for block in resnet_blocks(self)]
+        self.time_widths = [block.time_emb_proj.out_features for block in self._resnets()]
 
     def attention(self, kind: str, level: int) -> nn.Module | None:
         """A new attention for behind a residual block, in a block of this kind, or None if it has none. level: 0 is the
@@ -154,7 +153,7 @@ class UNet(nn.Module):
         """What the residual blocks add, their first bias included, or scale and shift by, given an embedding
         [B, time_dim]: side by side in the order of the blocks, [B, sum of their widths]."""
         emb = F.silu(embedding)  # every block applies it first: once is enough
-        weights, bias = [b.time_emb_proj.weight for b in resnet_blocks(self)], joined(self._biases("time_emb_proj"))
+        weights, bias = [b.time_emb_proj.weight for b in self._resnets()], joined(self._biases("time_emb_proj"))
         if self.config.resnet_time_scale_shift != "scale_shift":
             bias = bias + joined(self._biases("conv1"))
         whole = side_by_side(weights)
@@ -163,15 +162,22 @@ class UNet(nn.Module):
         biases = bias.split(self.time_widths)
         return torch.cat([F.linear(emb, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
 
+    def _resnets(self) -> list[ResnetBlock]:
+        """The residual blocks, in the order that they run. Every call of the network asks for them: to go through all
+        of its modules takes as long as several blocks."""
+        middle = [] if self.mid_block is None else [self.mid_block]
+        levels: list[Level | Middle] = [*_levels(self.down_blocks), *middle, *_levels(self.up_blocks)]
+        return [cast(ResnetBlock, block) for level in levels for block in level.resnets]
+
     def _biases(self, name: str) -> list[Tensor]:
-        return [getattr(block, name).bias for block in resnet_blocks(self)]
+        return [getattr(block, name).bias for block in self._resnets()]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Also what `to` does. On a GPU the blocks' layers of the time embedding lie side by side from then on: one
         product in place of one a block."""
         super()._apply(fn, recurse)
         if self.conv_in.weight.is_cuda:
-            lay_side_by_side([block.time_emb_proj.weight for block in resnet_blocks(self)])
+            lay_side_by_side([block.time_emb_proj.weight for block in self._resnets()])
             lay_side_by_side(self._biases("time_emb_proj"))
             lay_side_by_side(self._biases("conv1"))
         return self
