@@ -6,10 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import chunks_of, grid, on_device, sample_index, tile, tile_normals, tile_of
+from .launch import remembered
 
 _TILE = 2048
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "rows", "draw"])
 def _add_noise(
     x0, timestep, alpha_sigma, keys, x_t, noise, batch, n, rows, draw, RETURN_NOISE: tl.constexpr,
@@ -36,7 +38,8 @@ def add_noise(
     x_t = torch.empty_like(x0)
     noise = torch.empty_like(x0) if return_noise else x0.new_empty(0)
     if x0.numel():
-        batch, n, shape = x0.shape[0], x0[0].numel(), tile_of(x0, _TILE)
+        batch, shape = x0.shape[0], tile_of(x0, _TILE)
+        n = x0.numel() // batch
         with on_device(x0):
             _add_noise[grid(batch, chunks_of(n, **shape))](
                 x0, timestep, alpha_sigma, keys, x_t, noise, batch, n, alpha_sigma.shape[0], draw,

@@ -15,7 +15,8 @@ from torch import Tensor
 from . import configs
 from .attention_cuts import cut_of, is_large, tiles, tuning
 from .attention_products import attention_by_products
-from .common import on_device
+from .common import cdiv, on_device, power_of_2
+from .launch import remembered
 
 __all__ = ["attention", "tuning"]
 
@@ -119,6 +120,7 @@ def _attend(
     return out1, out2, highest, total
 
 
+@remembered
 @triton.jit
 def _attention(
     q_ptr, k_ptr, v_ptr, out_ptr, scale, q_sample, q_token, q_head, k_sample, k_token, k_head,
@@ -180,6 +182,7 @@ def _attention(
         _store(out_ptr, heads * D, left, D1, out2 * share, D, D2, QUERIES, True)
 
 
+@remembered
 @triton.jit
 def _attention_to_few(
     q_ptr, k_ptr, v_ptr, out_ptr, scale, q_sample, q_token, q_head, k_sample, k_token, k_head,
@@ -258,15 +261,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
         "D1": d1, "D2": d2, "QUERIES": cut.QUERIES, "KEYS": cut.KEYS, "num_warps": cut.num_warps,
         "num_stages": cut.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
-    blocks = triton.cdiv(queries, cut.QUERIES)
+    blocks = cdiv(queries, cut.QUERIES)
     with on_device(q):
         if cut.BLOCKS:
-            _attention_to_few[(triton.cdiv(blocks, cut.BLOCKS) * heads * batch,)](
+            _attention_to_few[(cdiv(blocks, cut.BLOCKS) * heads * batch,)](
                 *tensors, cut.BLOCKS, BOUNDED=keys < cut.KEYS, WHOLE=queries % cut.QUERIES == 0, **shared
             )
         else:
             rest = keys if keys <= cut.KEYS else keys % cut.KEYS  # one block only is the last one, and needs no loop
-            last = max(16, triton.next_power_of_2(rest))
+            last = max(16, power_of_2(rest))
             if rest == 0 or (keys > cut.KEYS and (size == 4 or cut.QUERIES < 64 or not is_large(arch))):
                 last = 0  # elsewhere the code of two blocks takes too many registers
             _attention[(cut.PARTS * blocks * heads * batch,)](

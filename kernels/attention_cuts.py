@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs
+from .common import power_of_2
 
 
 class Cut(NamedTuple):
@@ -25,8 +25,8 @@ class Cut(NamedTuple):
 
 def tiles(dim: int) -> tuple[int, int]:
     """The widths of a head's tiles, 0 for no second one. Below 64, what is padded costs less than a second product."""
-    first = max(16, triton.next_power_of_2(dim))
-    second = max(16, triton.next_power_of_2(dim - first // 2))
+    first = max(16, power_of_2(dim))
+    second = max(16, power_of_2(dim - first // 2))
     return (first // 2, second) if dim > 64 and second < first // 2 else (first, 0)
 
 
@@ -39,7 +39,7 @@ def default_cut(dim: int, queries: int, keys: int, size: int, masked: int, align
     """For `size` bytes a number, in heads that begin where wide loads can if `aligned`: what serves where nothing was
     measured."""
     d1, _ = tiles(dim)
-    block = max(16, triton.next_power_of_2(queries))
+    block = max(16, power_of_2(queries))
     if size == 4:  # no tensor cores in full precision: products in registers, which small tiles leave room for
         most, wide = (32, 32) if d1 <= 128 else (16, 16)
         block = min(block, most)
@@ -78,7 +78,7 @@ def candidates(dim: int, queries: int, keys: int, size: int, masked: int, arch: 
     """The shapes that are worth timing, by what can be known beforehand: 64 queries are what four warps multiply at
     once; a thread has 255 registers for the sums, the scores and the weights of a block."""
     d1, d2 = tiles(dim)
-    few = max(16, min(32, triton.next_power_of_2(queries)))
+    few = max(16, min(32, power_of_2(queries)))
     for block in () if size != 2 else (64, 128) if queries > 64 else (few, 64):
         for wide in (32, 64, 128, 256):
             if wide >= max(64, 2 * keys) or (wide == 32 and d1 <= 64 and keys > 32) or (wide == 256 and keys > 256):

@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device
+from .common import on_device, power_of_2
+from .launch import remembered
 
 _SCORES = 1 << 22  # at once, in float32: 16 MB of an L2 of 40 and more
 _WEIGHTS = 1 << 25  # at once, in 16 bits; more of them, so that their product with the values fills the GPU
 _WIDEST = 1 << 14  # scores that a program holds in its registers
 
 
+@remembered
 @triton.jit
 def _softmax(scores_ptr, weights_ptr, factor, keys, BLOCK: tl.constexpr, LOOP: tl.constexpr):
     """weights = exp2(scores factor), over its sum, one row a program. LOOP: in blocks, read twice."""
@@ -60,7 +62,7 @@ def _fill(weights: Tensor, q: Tensor, k: Tensor, factor: float) -> None:
     keys = k.shape[0]
     # No device but CUDA has a product whose result is of another type.
     scores = torch.mm(q, k.t(), out_dtype=torch.float32) if q.is_cuda else q.float() @ k.float().t()
-    block = triton.next_power_of_2(keys) if keys <= _WIDEST else _WIDEST // 4
+    block = power_of_2(keys) if keys <= _WIDEST else _WIDEST // 4
     _softmax[(q.shape[0],)](
         scores, weights, factor, keys, BLOCK=block, LOOP=keys > _WIDEST, num_warps=max(4, min(16, block // 512)),
         enable_fp_fusion=True,

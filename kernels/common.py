@@ -17,9 +17,19 @@ _GRID_LIMIT = tl.constexpr(65535)  # of CUDA's second and third grid axis
 on_device = torch.cuda.device_of  # a launch goes to the current device, which need not be the tensor's
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. For launchers: Triton's own, which kernels also call, takes as long as half a launch there."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def grid(batch: int, chunks: int) -> tuple[int, int, int]:
     """Programs for a batch: chunks of one sample are neighbours, and no program divides to learn its sample."""
-    return chunks, min(batch, _GRID_LIMIT.value), triton.cdiv(batch, _GRID_LIMIT.value)
+    return chunks, min(batch, _GRID_LIMIT.value), cdiv(batch, _GRID_LIMIT.value)
 
 
 @triton.jit
@@ -67,7 +77,7 @@ def tile_of(x: torch.Tensor, size: int, by_counter: bool = True) -> dict[str, An
     channels_last). Only noise cares about the layout: without it (by_counter false) a sample is a run of memory."""
     if x.is_contiguous() or not by_counter:
         return {"CHANNELS": 0, "COLUMNS": 1, "ROWS": size, "QUADS": True}
-    columns = min(triton.next_power_of_2(x.shape[1]), 64)
+    columns = min(power_of_2(x.shape[1]), 64)
     quads = x.shape[2] * x.shape[3] % NORMALS.value == 0
     rows = size // columns // (1 if quads else NORMALS.value)  # one counter an element, then: four times the work
     return {"CHANNELS": x.shape[1], "COLUMNS": columns, "ROWS": rows, "QUADS": quads}
@@ -75,7 +85,7 @@ def tile_of(x: torch.Tensor, size: int, by_counter: bool = True) -> dict[str, An
 
 def chunks_of(n: int, CHANNELS: int, COLUMNS: int, ROWS: int, QUADS: bool) -> int:
     """How many such tiles cover a sample of n elements."""
-    return triton.cdiv(n // max(CHANNELS, 1), ROWS) * triton.cdiv(max(CHANNELS, 1), COLUMNS)
+    return cdiv(n // max(CHANNELS, 1), ROWS) * cdiv(max(CHANNELS, 1), COLUMNS)
 
 
 @triton.jit

@@ -18,8 +18,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .common import on_device
+from .common import cdiv, on_device, power_of_2
 from .epilogue import epilogue, silu, vector
+from .launch import remembered
 from .linear import linear
 
 
@@ -46,6 +47,7 @@ CUTS = (
 )
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "top", "left"])
 def _conv2d(
     x, weight, bias, add, residual, y_ptr, batch, height, width, n, channels, top, left,
@@ -119,6 +121,7 @@ def _pair(a, b, c, HALF: tl.constexpr, SECOND: tl.constexpr):
         return b + c if SECOND else a
 
 
+@remembered
 @triton.jit
 def _quarters(weight, out, size, channels, BLOCK: tl.constexpr):
     """weight: [N, 3, 3, C]; out: [4, N, 2, 2, C]; size: N C."""
@@ -155,7 +158,7 @@ def quarters_of(weight: Tensor) -> Tensor:
     )
     block = 1024
     with on_device(weight):
-        _quarters[(triton.cdiv(n * channels, block),)](weight, out, n * channels, channels, BLOCK=block)
+        _quarters[(cdiv(n * channels, block),)](weight, out, n * channels, channels, BLOCK=block)
     return out
 
 
@@ -268,20 +271,20 @@ def fused(
         weight, taps_y, taps_x = quarters_of(weight), 2, 2
     size = (batch, 2 * height, 2 * width, n) if upsample else (batch, height, width, n)
     y = torch.empty(size, device=x.device, dtype=x.dtype)
-    columns, depth = (min(most, triton.next_power_of_2(s)) for most, s in ((cut.COLUMNS, n), (cut.DEPTH, channels)))
+    columns, depth = (min(most, power_of_2(s)) for most, s in ((cut.COLUMNS, n), (cut.DEPTH, channels)))
     columns, depth = max(16, columns), max(16, depth)
-    wide = min(16, triton.next_power_of_2(width))
-    tall = min(cut.ROWS // wide, triton.next_power_of_2(height))
+    wide = min(16, power_of_2(width))
+    tall = min(cut.ROWS // wide, power_of_2(height))
     many = cut.ROWS // (wide * tall)
     weight = weight.contiguous(memory_format=torch.channels_last)
     taps = taps_y * taps_x
     source = _descriptor(x, [batch, *x.shape[2:], channels], [many, tall, wide, depth])
     matrix = _descriptor(weight, [len(weight), taps, channels], [columns, 1, depth])
     part = y if cut.SPLITS == 1 else torch.empty(cut.SPLITS, *size, device=x.device)
-    places = triton.cdiv(batch, many) * triton.cdiv(height, tall) * triton.cdiv(width, wide)
+    places = cdiv(batch, many) * cdiv(height, tall) * cdiv(width, wide)
     around = None if residual is None else residual.permute(0, 2, 3, 1)
     with on_device(x):
-        _conv2d[(places * triton.cdiv(n, columns), 4 if upsample else 1, cut.SPLITS)](
+        _conv2d[(places * cdiv(n, columns), 4 if upsample else 1, cut.SPLITS)](
             source, matrix, bias, add, around, part, batch, height, width, n, channels, top, left, TAPS=taps,
             TAPS_X=taps_x, QUARTERS=upsample, SILU=activation == "silu", SPLITS=cut.SPLITS, BATCH=many, HEIGHT=tall,
             WIDTH=wide, COLUMNS=columns, DEPTH=depth, num_warps=cut.num_warps, num_stages=cut.num_stages,

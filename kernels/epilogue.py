@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import grid, on_device, sample_index
+from .common import cdiv, grid, on_device, power_of_2, sample_index
+from .launch import remembered
 
 _TILE = 2048  # elements of a program: two accesses of 16 bytes a thread to each tensor
 
@@ -44,6 +45,7 @@ def vector(ptr, column, n):
     return tl.load(ptr + column, column < n, other=0.0).to(tl.float32)[None, :]
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "rows", "width"])
 def _epilogue(
     x_ptr, bias, add, gate, residual, y_ptr, batch, rows, columns, width,
@@ -107,7 +109,7 @@ def _epilogue(
 def _columns_of(columns: int) -> int:
     """The columns of a tile: all of its rows full where a power of two divides them that is long enough a run."""
     divisor = columns & -columns
-    return min(divisor, 256) if divisor >= 64 else min(256, triton.next_power_of_2(columns))
+    return min(divisor, 256) if divisor >= 64 else min(256, power_of_2(columns))
 
 
 def epilogue(
@@ -120,13 +122,13 @@ def epilogue(
     to be summed. All contiguous."""
     if not y.numel():
         return y
-    batch, columns = y.shape[0], y.shape[-1] if pixels_first else y[0, 0].numel()
+    batch, columns = y.shape[0], y.shape[-1] if pixels_first else y.shape[2:].numel()
     if pixels_first and add is None and gate is None and not quarters:
         batch = 1  # rows are rows: short samples share a program
     rows = y.numel() // (batch * columns)
     wide = _columns_of(columns)
     tall = max(1, _TILE // wide)
-    chunks = triton.cdiv(rows, tall) * triton.cdiv(columns, wide)
+    chunks = cdiv(rows, tall) * cdiv(columns, wide)
     with on_device(x):
         _epilogue[grid(batch, chunks)](
             x, bias, add, gate, residual, y, batch, rows, columns, y.shape[2] if quarters else 0,

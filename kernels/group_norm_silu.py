@@ -7,15 +7,17 @@ folds the chunks of its groups in a fixed order, then normalises. How a sample i
 that a sample's result does not depend on its batch. The second moment is centred: nothing cancels far from zero.
 """
 
+import functools
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device
+from .common import cdiv, on_device, power_of_2
+from .launch import remembered
 
 _TILE = 4096  # elements of a tile of the two-pass kernels
 _ONE_PASS = {1024: 4, 4096: 4, 16384: 16}  # elements that one program keeps in registers, with how many warps
@@ -127,6 +129,7 @@ def _normalise(x, mean, m2, count, eps, weight, bias, scale, shift, sample, firs
     return y
 
 
+@remembered
 @triton.jit
 def _one_pass(
     x_ptr, skip, add, y_ptr, weight, bias, scale, shift, eps, own, channels, pixels, slabs,
@@ -151,6 +154,7 @@ def _one_pass(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
 
 
+@remembered
 @triton.jit
 def _moments(
     x_ptr, skip, add, partial, own, channels, pixels, slabs, groups, half,
@@ -187,6 +191,7 @@ def _moments(
     tl.store(partial + half + entry, group_m2, mask)
 
 
+@remembered
 @triton.jit
 def _apply(
     x_ptr, skip, add, y_ptr, partial, weight, bias, scale, shift, eps, own, channels, pixels, slabs, groups, half,
@@ -230,14 +235,36 @@ def _cut(per_group: int, pixels: int, channels: int, channels_last: bool) -> _Cu
     """The cut of the two-pass kernels: long runs of memory, and as few padded lanes as that allows."""
     if not channels_last:  # a run is pixels of one channel
         run = min(_TILE, max(16, 4 ** ((pixels - 1).bit_length() + 1 >> 1)))  # powers of four: few variants
-        width = min(_TILE // run, triton.next_power_of_2(per_group))
-        return _Cut(per_group, 1, triton.cdiv(per_group, width), width, run)
-    width = min(128, triton.next_power_of_2(channels))
+        width = min(_TILE // run, power_of_2(per_group))
+        return _Cut(per_group, 1, cdiv(per_group, width), width, run)
+    width = min(128, power_of_2(channels))
     groups = max(1, width // per_group)
     aligned = 8 // gcd(per_group, 8)  # groups that begin on 16 bytes
     groups -= groups % aligned if groups > aligned else 0
-    parts = triton.cdiv(per_group, width)
+    parts = cdiv(per_group, width)
     return _Cut(per_group, groups, parts, width, _TILE // width)
+
+
+@functools.lru_cache(1024)
+def _at_once(per_group: int, pixels: int) -> dict[str, Any] | None:
+    """The compile-time shape and warps of `_one_pass`, or None if a group is too large for it."""
+    width = power_of_2(per_group)
+    size = next((size for size in _ONE_PASS if width * power_of_2(pixels) <= size), None)
+    if size is None:
+        return None
+    return {**_Cut(per_group, 1, 1, width, size // width)._asdict(), "num_warps": _ONE_PASS[size]}
+
+
+@functools.lru_cache(1024)
+def _in_two(num_groups: int, pixels: int, channels: int, channels_last: bool) -> tuple[int, int, int, dict[str, Any]]:
+    """For the two passes: a sample's slabs, the chunks of each, the moments of a group, and the compile-time shape."""
+    cut = _cut(channels // num_groups, pixels, channels, channels_last)
+    most = max(1, _CHUNKS // cut.PARTS)
+    tiles = power_of_2(cdiv(cdiv(pixels, cut.PIXELS), most))
+    if cut.GROUPS > 1 and pixels > 64 * cut.PIXELS:
+        tiles = max(tiles, 2)  # folding many groups is worth it for a longer chunk only
+    chunks = cdiv(pixels, cut.PIXELS * tiles)
+    return cdiv(num_groups, cut.GROUPS) * cut.PARTS, chunks, cut.PARTS * chunks, {**cut._asdict(), "TILES": tiles}
 
 
 def group_norm_silu(
@@ -254,32 +281,20 @@ def group_norm_silu(
     y = torch.empty((batch, channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
     if not y.numel():
         return y
-    pixels, per_group = x[0, 0].numel(), channels // num_groups
+    pixels = x.shape[2:].numel()
     source, sizes = (x, skip, add), (own, channels, pixels)
     parameters = (weight, bias, scale, shift, eps)
     flags = {"CHANNELS_LAST": channels_last, "enable_fp_fusion": True}
-    width = triton.next_power_of_2(per_group)
-    size = next((size for size in _ONE_PASS if width * triton.next_power_of_2(pixels) <= size), None)
+    shape = _at_once(channels // num_groups, pixels)
     with on_device(x):
-        if size is not None:
-            cut = _Cut(per_group, 1, 1, width, size // width)
-            _one_pass[(batch * num_groups,)](
-                *source, y, *parameters, *sizes, num_groups, **cut._asdict(), **flags, SILU=silu,
-                num_warps=_ONE_PASS[size],
-            )  # fmt: skip
+        if shape is not None:
+            _one_pass[(batch * num_groups,)](*source, y, *parameters, *sizes, num_groups, **shape, **flags, SILU=silu)
             return y
-        cut = _cut(per_group, pixels, channels, channels_last)
-        slabs = triton.cdiv(num_groups, cut.GROUPS) * cut.PARTS
-        most = max(1, _CHUNKS // cut.PARTS)
-        tiles = triton.next_power_of_2(triton.cdiv(triton.cdiv(pixels, cut.PIXELS), most))
-        if cut.GROUPS > 1 and pixels > 64 * cut.PIXELS:
-            tiles = max(tiles, 2)  # folding many groups is worth it for a longer chunk only
-        chunks = triton.cdiv(pixels, cut.PIXELS * tiles)
-        entries = max(16, triton.next_power_of_2(cut.PARTS * chunks))
-        partial = torch.empty(2, batch, num_groups, cut.PARTS * chunks, device=x.device, dtype=torch.float32)
-        launch = (batch * slabs, chunks)
-        place = (*sizes, slabs, num_groups, partial[0].numel())
-        shape = {**cut._asdict(), "TILES": tiles, **flags}
-        _moments[launch](*source, partial, *place, **shape)
-        _apply[launch](*source, y, partial, *parameters, *place, **shape, ENTRIES=entries, SILU=silu)
+        slabs, chunks, moments, shape = _in_two(num_groups, pixels, channels, channels_last)
+        entries = max(16, power_of_2(moments))
+        half = batch * num_groups * moments
+        partial = torch.empty(2 * half, device=x.device, dtype=torch.float32)
+        launch, place = (batch * slabs, chunks), (*sizes, slabs, num_groups, half)
+        _moments[launch](*source, partial, *place, **shape, **flags)
+        _apply[launch](*source, y, partial, *parameters, *place, **shape, **flags, ENTRIES=entries, SILU=silu)
     return y

@@ -5,6 +5,7 @@ centred, squared and written. How many rows that is depends on their length only
 depend on its batch.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import grid, on_device, sample_index
+from .common import cdiv, grid, on_device, power_of_2, sample_index
+from .launch import remembered
 
 _TILE = 4096  # elements that a program keeps, or one row if that is longer
 
 
+@functools.lru_cache(256)
 def rows_of(channels: int) -> dict[str, Any]:
     """The compile-time shape of a program's tile of rows, and its warps."""
-    columns = triton.next_power_of_2(channels)
+    columns = power_of_2(channels)
     rows = max(1, _TILE // columns)
     return {"ROWS": min(rows, 16), "COLUMNS": columns, "num_warps": min(16, max(4, columns * rows // 1024))}
 
@@ -55,6 +58,7 @@ def _place(sample, tokens, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return (sample * tokens + t) * channels + c[None, :], (t < tokens) & (c < channels)[None, :], c
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "tokens"])
 def _layer_norm_modulate(
     x_ptr, shift, scale, weight, bias, y_ptr, eps, batch, tokens, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -68,6 +72,7 @@ def _layer_norm_modulate(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "tokens"])
 def _gate_residual_norm_modulate(
     x_ptr, y_ptr, gate, shift, scale, weight, bias, r_ptr, normal_ptr, eps, batch, tokens, channels,
@@ -94,7 +99,7 @@ def layer_norm_modulate(
         batch, tokens, channels = x.shape
         tile = rows_of(channels)
         with on_device(x):
-            _layer_norm_modulate[grid(batch, triton.cdiv(tokens, tile["ROWS"]))](
+            _layer_norm_modulate[grid(batch, cdiv(tokens, tile["ROWS"]))](
                 x, shift, scale, weight, bias, y, eps, batch, tokens, channels, **tile, enable_fp_fusion=True
             )
     return y
@@ -110,7 +115,7 @@ def gate_residual_norm_modulate(
         batch, tokens, channels = x.shape
         tile = rows_of(channels)
         with on_device(x):
-            _gate_residual_norm_modulate[grid(batch, triton.cdiv(tokens, tile["ROWS"]))](
+            _gate_residual_norm_modulate[grid(batch, cdiv(tokens, tile["ROWS"]))](
                 x, y, gate, shift, scale, weight, bias, r, normal, eps, batch, tokens, channels, **tile,
                 enable_fp_fusion=True,
             )  # fmt: skip

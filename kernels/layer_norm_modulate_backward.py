@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import grid, on_device, sample_index
+from .common import cdiv, grid, on_device, power_of_2, sample_index
+from .launch import remembered
 
 _TILE = 2048  # elements of x, and as many of grad, that a program keeps, or one row if that is longer
 _TOKENS = 32  # of a chunk, at least
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "tokens", "steps"])
 def _layer_norm_modulate_backward(
     grad, x_ptr, scale, weight, grad_x, partial, eps, batch, tokens, steps, channels,
@@ -53,6 +55,7 @@ def _layer_norm_modulate_backward(
     tl.store(partial + channels + c, along_total, there)
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "chunks"])
 def _fold(partial, total, along_total, batch, chunks, channels, TILE: tl.constexpr):
     """The two sums of partial [B, chunks, 2, C], in order."""
@@ -80,10 +83,10 @@ def layer_norm_modulate_backward(
     if not x.numel():
         nothing = torch.zeros(batch, channels, device=x.device, dtype=torch.float32)
         return grad_x, nothing, nothing.clone()
-    columns = triton.next_power_of_2(channels)
+    columns = power_of_2(channels)
     rows = min(16, max(1, _TILE // columns))
-    steps = triton.cdiv(_TOKENS, rows)
-    chunks = triton.cdiv(tokens, rows * steps)
+    steps = cdiv(_TOKENS, rows)
+    chunks = cdiv(tokens, rows * steps)
     partial = torch.empty(batch, chunks, 2, channels, device=x.device, dtype=torch.float32)
     sums = [torch.empty(batch, channels, device=x.device, dtype=torch.float32) for _ in range(2)]
     with on_device(x):
@@ -92,7 +95,7 @@ def layer_norm_modulate_backward(
             grad, x, scale, weight, grad_x, partial, eps, batch, tokens, steps, channels,
             ROWS=rows, COLUMNS=columns, num_warps=min(32, max(4, columns // 512)), enable_fp_fusion=False,
         )  # fmt: skip
-        _fold[grid(batch, triton.cdiv(channels, 512))](
+        _fold[grid(batch, cdiv(channels, 512))](
             partial, *sums, batch, chunks, channels, TILE=512, num_warps=4, enable_fp_fusion=True
         )
     return grad_x, sums[0], sums[1]

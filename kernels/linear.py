@@ -17,8 +17,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .common import on_device
+from .common import cdiv, on_device, power_of_2
 from .epilogue import activate, epilogue, vector
+from .launch import remembered
 
 _GATED = ("geglu", "swiglu")
 _GROUP = tl.constexpr(8)  # tiles of rows whose programs run side by side: what they read of the weight is in the cache
@@ -50,13 +51,14 @@ def fit(cut: Cut, n: int, k: int, activation: str, reads: bool) -> Cut:
     """A cut no larger than the layer, half as wide for two tiles of sums, and with room in registers where the end
     reads a tile of numbers (`reads`)."""
     columns = cut.COLUMNS // (2 if activation in _GATED else 1)
-    columns = max(16, min(columns, 128 if reads else 256, triton.next_power_of_2(n)))
-    depth = max(16, min(cut.DEPTH, triton.next_power_of_2(k)))
+    columns = max(16, min(columns, 128 if reads else 256, power_of_2(n)))
+    depth = max(16, min(cut.DEPTH, power_of_2(k)))
     if k % 16:  # numbers come one by one, and addresses fill registers
         return Cut(min(cut.ROWS, 64), min(columns, 64), min(depth, 32), 8, min(cut.num_stages, 3))
     return cut._replace(COLUMNS=columns, DEPTH=depth)
 
 
+@remembered
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def _linear(
     x_ptr, weight_ptr, bias, residual, gate, y_ptr, rows, tokens, n, k,
@@ -189,7 +191,7 @@ def fused(
             source = TensorDescriptor.from_tensor(x.flatten(0, -2), [cut.ROWS, cut.DEPTH])
             matrix = TensorDescriptor.from_tensor(weight, [cut.COLUMNS, cut.DEPTH])
         with on_device(x):
-            _linear[(triton.cdiv(rows, cut.ROWS) * triton.cdiv(n, cut.COLUMNS),)](
+            _linear[(cdiv(rows, cut.ROWS) * cdiv(n, cut.COLUMNS),)](
                 source, matrix, bias, residual, gate, y, rows, rows // x.shape[0], n, k, ACTIVATION=activation,
                 **cut._asdict(), enable_fp_fusion=True,
             )  # fmt: skip

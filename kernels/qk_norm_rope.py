@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device
+from .common import cdiv, on_device, power_of_2
+from .launch import remembered
 
 _TILE = 4096  # elements of a program
 
@@ -64,6 +65,7 @@ def _heads(
     _store_pairs(out, row * width, mask, a, b, width, half, ROWS, HALF, INTERLEAVED)
 
 
+@remembered
 @triton.jit(do_not_specialize=["q_rows", "k_rows", "q_heads", "k_heads", "tokens"])
 def _qk_norm_rope(
     q, k, q_out, k_out, q_weight, k_weight, cos, sin, eps, q_rows, k_rows, q_heads, k_heads, tokens, width, half,
@@ -83,11 +85,11 @@ def qk_norm_rope(
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     _, tokens, q_heads, width = q.shape
     if q.numel():
-        half = triton.next_power_of_2((width + 1) // 2)
+        half = power_of_2((width + 1) // 2)
         rows = min(128, max(1, _TILE // (2 * half)))
         counts = (q.numel() // width, k.numel() // width)
         with on_device(q):
-            _qk_norm_rope[(triton.cdiv(max(counts), rows), 2)](
+            _qk_norm_rope[(cdiv(max(counts), rows), 2)](
                 q, k, q_out, k_out, q_weight, k_weight, cos, sin, eps, *counts, q_heads, k.shape[2], tokens, width,
                 width // 2, ROWS=rows, HALF=half, INTERLEAVED=interleaved or width % 2 == 1, enable_fp_fusion=True,
             )  # fmt: skip

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import NORMALS, grid, normal_run, on_device, sample_index
+from .common import NORMALS, cdiv, grid, normal_run, on_device, sample_index
+from .launch import remembered
 
 _TILE = 2048
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "draw", "block"])
 def _randn(out, keys, batch, n, draw, block, skew, TILE: tl.constexpr, FAST: tl.constexpr):
     """Element i of a sample is lane (i + skew) % 4 of counter block + (i + skew) // 4. A skew of 0 is known to be
@@ -33,7 +35,7 @@ def randn(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset:
     if out.numel():
         block, skew = divmod(offset, NORMALS.value)
         with on_device(keys):
-            chunks = triton.cdiv(n + skew, _TILE)
+            chunks = cdiv(n + skew, _TILE)
             _randn[grid(batch, chunks)](
                 out, keys, batch, n, draw, block, skew, TILE=_TILE, FAST=keys.is_cuda, enable_fp_fusion=True
             )

@@ -6,10 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import chunks_of, grid, on_device, sample_index, tile, tile_normals, tile_of
+from .launch import remembered
 
 _TILE = 2048
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "draw"])
 def _reparameterize(
     mean, logvar, keys, out, batch, n, draw, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
@@ -29,7 +31,8 @@ def reparameterize(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> Ten
     """z = mean + exp(logvar / 2) epsilon."""
     out = torch.empty_like(mean)
     if mean.numel():
-        batch, n, shape = mean.shape[0], mean[0].numel(), tile_of(mean, _TILE)
+        batch, shape = mean.shape[0], tile_of(mean, _TILE)
+        n = mean.numel() // batch
         with on_device(mean):
             _reparameterize[grid(batch, chunks_of(n, **shape))](
                 mean, logvar, keys, out, batch, n, draw, FAST=mean.is_cuda, **shape, enable_fp_fusion=True

@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device
+from .common import cdiv, on_device
+from .launch import remembered
 from .layer_norm_modulate import rows_of
 
 
+@remembered
 @triton.jit
 def _rms_norm(x_ptr, weight, y_ptr, eps, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -29,7 +31,5 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         channels = x.shape[-1]
         rows, tile = x.numel() // channels, rows_of(channels)
         with on_device(x):
-            _rms_norm[(triton.cdiv(rows, tile["ROWS"]),)](
-                x, weight, y, eps, rows, channels, **tile, enable_fp_fusion=True
-            )
+            _rms_norm[(cdiv(rows, tile["ROWS"]),)](x, weight, y, eps, rows, channels, **tile, enable_fp_fusion=True)
     return y

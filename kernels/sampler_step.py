@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import chunks_of, grid, on_device, sample_index, tile, tile_normals, tile_of
+from .launch import remembered
 
 _TILE = 1024
 _WIDTH = tl.constexpr(32)
@@ -32,6 +33,7 @@ def _combine(weights, x, m, x0, h0, h1, h2, base, PAST: tl.constexpr, BASE: tl.c
     return total
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "rows"])
 def _sampler_step(
     x_ptr, output_ptr, table, row_ptr, keys, guidance, base_ptr, h0_ptr, h1_ptr, h2_ptr,
@@ -92,7 +94,8 @@ def sampler_step(
     made = [torch.empty_like(like) if results & 1 << i else like.new_empty(0) for i, like in likes]
     x_next, model_input, base_next, h_next = made
     if x.numel():
-        batch, n, shape = x.shape[0], x[0].numel(), tile_of(x, _TILE, by_counter=keys is not None)
+        batch, shape = x.shape[0], tile_of(x, _TILE, by_counter=keys is not None)
+        n = x.numel() // batch
         past = sum(1 << i for i, h in enumerate((h0, h1, h2)) if h is not None)
         with on_device(x):
             _sampler_step[grid(batch, chunks_of(n, **shape))](

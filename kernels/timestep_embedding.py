@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import on_device
+from .common import cdiv, on_device
+from .launch import remembered
 
 # pi / 2 in three parts; the first two are short, so that their products with up to 2^13 quarter turns are exact.
 _FIRST, _SECOND, _THIRD = tl.constexpr(1.5703125), tl.constexpr(4.83751296997e-04), tl.constexpr(7.5494978e-08)
@@ -43,6 +44,7 @@ def _power_of_two(x):
     return p * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@remembered
 @triton.jit
 def _timestep_embedding(timestep, out, exponent, half, dim, sine_at, cosine_at, TILE: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
@@ -67,7 +69,7 @@ def timestep_embedding(
         sine_at, cosine_at = (half, 0) if flip_sin_to_cos else (0, half)
         exponent = -log2(max_period) / (half - freq_shift) if half > 1 else 0.0
         with on_device(timestep):
-            _timestep_embedding[(timestep.shape[0], triton.cdiv(max(half, 1), 128))](
+            _timestep_embedding[(timestep.shape[0], cdiv(max(half, 1), 128))](
                 timestep, out, exponent, half, dim, sine_at, cosine_at, TILE=128, num_warps=1, enable_fp_fusion=True
             )
     return out

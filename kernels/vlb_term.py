@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import grid, on_device, sample_index
+from .common import cdiv, grid, on_device, power_of_2, sample_index
+from .launch import remembered
 
 _TILE, _RUN = 1024, 4096  # elements of a turn of the loop, and of a program at most
 _WIDTH = tl.constexpr(16)
@@ -153,6 +154,7 @@ def _read(x0_ptr, x_t_ptr, output_ptr, r, sample, start, n, channels, LEARNED: t
     return x0, x0 - x0_hat, above, mask
 
 
+@remembered
 @triton.jit(do_not_specialize=["batch", "rows"])
 def _terms(
     x0_ptr, x_t_ptr, output_ptr, table, timestep, out, batch, n, channels, rows,
@@ -205,6 +207,7 @@ def _terms(
     tl.store(out + sample * tl.num_programs(0) + tl.program_id(0), result)
 
 
+@remembered
 @triton.jit
 def _fold(parts, out, chunks, ENTRIES: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
@@ -217,10 +220,10 @@ def vlb_term(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, times
     batch = x0.shape[0]
     if not x0.numel():
         return torch.zeros(batch, dtype=torch.float32, device=x0.device)
-    n, channels = x0[0].numel(), x0.shape[1]
+    n, channels = x0.numel() // batch, x0.shape[1]
     learned = model_output.shape[1] != channels
-    run = min(_RUN, triton.cdiv(n, _TILE) * _TILE)
-    chunks = triton.cdiv(n, run)
+    run = min(_RUN, cdiv(n, _TILE) * _TILE)
+    chunks = cdiv(n, run)
     parts = torch.empty(batch, chunks, dtype=torch.float32, device=x0.device)
     with on_device(x0):
         _terms[grid(batch, chunks)](
@@ -231,5 +234,5 @@ def vlb_term(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, times
         if chunks == 1:
             return parts.view(batch)
         out = torch.empty(batch, dtype=torch.float32, device=x0.device)
-        _fold[(batch,)](parts, out, chunks, ENTRIES=triton.next_power_of_2(chunks))
+        _fold[(batch,)](parts, out, chunks, ENTRIES=power_of_2(chunks))
     return out

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from diffkern.kernels import configs
+from diffkern.kernels.launch import Remembered
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -100,8 +101,8 @@ def launches(name: str) -> dict[str, Launch]:
     found: dict[str, Launch] = {}
     seen: set[str] = set()
 
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launch = describe(kernel, args, kwargs)
+    def record(remembered: Remembered, grid: Any, *args: Any, **kwargs: Any) -> None:
+        kernel, launch = remembered.kernel, describe(remembered.kernel, args, kwargs)
         flags = {k: v > 1 if type(v) is int else v for k, v in launch.constexprs.items()}
         structure = f"{kernel.__name__} {flags} {launch.options}"
         key = f"{structure} {launch.signature}" if workload else structure
@@ -109,7 +110,7 @@ def launches(name: str) -> dict[str, Launch]:
             found[f"{kernel.__name__}, {label}"] = launch
         seen.update((key, structure))
 
-    JITFunction.run = record
+    Remembered.launch = record  # type: ignore[method-assign]
     run = next(b for b in OPS[name].backends if b.name == "triton")
     # What is chosen; then every other cut that could be, where only the tile differs: of one, all variants.
     cuts = importlib.import_module(f"diffkern.kernels.{name}").CUTS if name in _PRODUCTS else ()
