@@ -108,8 +108,14 @@ def test_nothing_changes_the_layout(name):
         prompt(x, conditioning=rows)
         with torch.profiler.profile(record_shapes=True) as profile:
             prompt(x, conditioning=rows)
-    copies = [e for e in profile.events() if e.name == "aten::clone" and e.input_shapes]
+    copies = [e for e in profile.events() if e.name == "aten::clone" and e.input_shapes and not within_onednn(e)]
     assert not [e.input_shapes for e in copies if len(e.input_shapes[0]) > 2]
+
+
+def within_onednn(event: Any) -> bool:
+    """Whether PyTorch made a copy in a convolution of oneDNN, as 2.11 does of every residual."""
+    outer = event.cpu_parent and event.cpu_parent.cpu_parent
+    return torch.__version__ < "2.13" and outer is not None and outer.name == "mkldnn::_convolution_pointwise"
 
 
 def test_the_command_line_says_that_there_is_no_prompt(tmp_path, capsys):
