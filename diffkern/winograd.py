@@ -50,10 +50,9 @@ def tile(
         return 0
     if dtype == torch.float32:
         return 2
-    # Weights of 4 x 4 tiles become 36 float32 for 9 numbers, anew for every block of tiles. When this was timed they
-    # were kept and read once a block: that paid if they stayed in the cache, or if there were many tiles. It has not
-    # been timed against AMX.
-    many = min(size) >= 8 and (weights <= 1 << 17 or pixels >= 1024)
+    # Weights of 4 x 4 tiles become 36 float32 for 9 numbers, anew for every block of tiles. For one picture that is
+    # won back by 16 tiles whatever the weights, by 4 where those are few. It has not been timed against AMX.
+    many = min(size) >= 8 and (weights <= 1 << 17 or pixels >= 256)
     if (many or weights <= 1 << 12) and not (native and torch.cpu._is_amx_tile_supported()):
         return 4
     return 0 if native else 2

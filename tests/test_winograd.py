@@ -65,13 +65,15 @@ def test_the_samples_named_for_it_take_it(calls, dtype):
     ],
 )
 def test_the_tile_depends_on_what_the_cpu_multiplies(monkeypatch, dtype, native, amx, few, many):
-    """few: channels of a picture of 16 x 16, whose weights stay in a cache. many: ones that do not."""
+    """few: at 8 x 8 pixels, of weights that stay in a cache; and at 16 x 16 of any. many: at 8 x 8, of those that do
+    not; and at 4 x 4 of any."""
     monkeypatch.setattr(winograd, "compute_dtype", lambda dtype, convolution: dtype if native else torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    for channels, expected in ((256, few), (1280, many)):
+    for channels, small in ((256, few), (1280, many)):
         weight = torch.empty(channels, channels, 3, 3, device="meta", dtype=dtype)
-        assert winograd.tile(weight, 1, ONE, False, (16, 16), dtype) == expected
-        assert winograd.tile(weight, 1, ONE, False, (4, 4), dtype) == (2 if expected == 4 and not native else many)
+        for size, expected in (((16, 16), few), ((8, 32), few), ((15, 17), small), ((8, 8), small), ((7, 64), many)):
+            assert winograd.tile(weight, 1, ONE, False, size, dtype) == expected
+        assert winograd.tile(weight, 1, ONE, False, (4, 4), dtype) == many
         assert winograd.tile(weight, 2, ONE, False, (16, 16), dtype) == 0
         assert winograd.tile(weight, 1, (0, 1, 0, 1), True, (16, 16), dtype) == 0
 
