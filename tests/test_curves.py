@@ -147,7 +147,12 @@ def test_a_run_is_recorded_printed_and_drawn(monkeypatch, capsys):
 
 def test_the_kernels_of_all_sizes_are_kept(monkeypatch):
     found = []
-    monkeypatch.setattr(curves_command, "_measure", lambda *_: found.append(os.environ[KERNELS]) or 0)
+
+    def measure(*_: Any) -> int:
+        found.append(os.environ[KERNELS])
+        return 0
+
+    monkeypatch.setattr(curves_command, "_measure", measure)
     monkeypatch.setenv(KERNELS, "7")  # what the user says comes first
     assert run() == 0
     monkeypatch.delenv(KERNELS)
