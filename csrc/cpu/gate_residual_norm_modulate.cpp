@@ -23,17 +23,31 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(const Tensor& x, const Te
     const T* in = static_cast<const T*>(x.const_data_ptr());
     const T* more = data_like<T>(kOp, "y", y, x.scalar_type(), x, norm.batch);
     T *sum = data_of<T>(residual), *out = data_of<T>(normal);
+    const LayerNormRows<T> rows(norm);
+    const int64_t width = in_blocks(n), together = rows_together(4 * n * sizeof(T) + width * sizeof(float));
+    const Arranged<T> gate_rows(gates, n);
     in_parallel(norm.batch * norm.tokens, 2 * n, [&](int64_t begin, int64_t end) {
-      std::vector<float> x_room(n), y_room(n);
-      for (int64_t r = begin; r < end; ++r) {
-        const float* g = &gates[r / norm.tokens * n];
-        const auto *v = readable(in + r * n, x_room.data(), n), *u = readable(more + r * n, y_room.data(), n);
-        float* total = place(sum + r * n, x_room.data());
-        for (int64_t i = 0; i < n; ++i) {
-          total[i] = to_float(v[i]) + g[i] * to_float(u[i]);
+      Room room(together * width);
+      float* totals = room.take(0);
+      for (int64_t r = begin; r < end; r += together) {
+        const int64_t some = std::min(together, end - r);
+        Normal normals[kTogether];
+        for (int64_t i = 0; i < some; ++i) {
+          const Row<T> v{in + (r + i) * n}, u{more + (r + i) * n};
+          const Computed<T> g = gate_rows.row((r + i) / norm.tokens);
+          float* total = totals + i * width;
+          emit_blocks(v, sum + (r + i) * n, n, [=](Block x, int64_t at, int64_t size) {
+            const Block sum = x + g.whole(at) * (size < kBlock ? u.part(at, size) : u.whole(at));
+            vector(total + at) = sum.a, vector(total + at + kLanes) = sum.b;
+            return sum;
+          });
         }
-        put(total, sum + r * n, n);
-        norm.row(total, sum_of(n, [total](int64_t i) { return total[i]; }), r / norm.tokens, out + r * n);
+        for (int64_t i = 0; i < some; ++i) {
+          normals[i] = normal_of(moments(Computed<T>{totals + i * width}, n), n, norm.eps);
+        }
+        for (int64_t i = 0; i < some; ++i) {
+          rows.emit(Computed<T>{totals + i * width}, normals[i], (r + i) / norm.tokens, out + (r + i) * n);
+        }
       }
     });
   });

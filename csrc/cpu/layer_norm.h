@@ -1,7 +1,7 @@
 // LayerNorm of rows [B, T, C] and what follows it: weight and bias of a channel, scale and shift of a sample's.
 #pragma once
 
-#include "rows.h"
+#include "blocks.h"
 
 namespace diffkern {
 
@@ -16,7 +16,10 @@ inline std::vector<float> per_sample(const char* op, const char* name, const Ten
 struct Normal {
   float mean, scale;  // normal = (x - mean) * scale
 
-  float operator()(float x) const { return (x - mean) * scale; }
+  template <class X>
+  X operator()(X x) const {
+    return (x - mean) * scale;
+  }
 };
 
 inline Normal normal_of(const Moments& m, int64_t n, double eps) {
@@ -49,22 +52,36 @@ struct LayerNorm {
       }
     }
   }
+};
 
-  // One row of sample b, whose sum is known.
-  template <class T>
-  void row(const float* x, float sum, int64_t b, T* out) const {
-    const Normal normal = normal_of(moments(x, channels, sum), channels, eps);
-    const float *w = weight.data(), *o = bias.data();
-    const float *s = one_plus_scale.data() + b * channels, *t = shift.data() + b * channels;
-    if (affine && modulated) {
-      emit(out, channels, [=](int64_t i) { return (normal(x[i]) * w[i] + o[i]) * s[i] + t[i]; });
-    } else if (affine || modulated) {
-      const float *a = affine ? w : s, *c = affine ? o : t;
-      emit(out, channels, [=](int64_t i) { return normal(x[i]) * a[i] + c[i]; });
+// Its parameters as blocks of T's, and its rows.
+template <class T>
+class LayerNormRows {
+ public:
+  explicit LayerNormRows(const LayerNorm& p)
+      : p_(p), weight_(p.weight, p.channels), bias_(p.bias, p.channels), scale_(p.one_plus_scale, p.channels),
+        shift_(p.shift, p.channels) {}
+
+  // A row of sample b.
+  template <class Source>
+  void emit(Source x, Normal normal, int64_t b, T* out) const {
+    const int64_t n = p_.channels;
+    const auto w = weight_.row(0), o = bias_.row(0), s = scale_.row(b), t = shift_.row(b);
+    if (p_.affine && p_.modulated) {
+      emit_blocks(x, out, n, [=](Block v, int64_t at, int64_t) {
+        return (normal(v) * w.whole(at) + o.whole(at)) * s.whole(at) + t.whole(at);
+      });
+    } else if (p_.affine || p_.modulated) {
+      const auto a = p_.affine ? w : s, c = p_.affine ? o : t;
+      emit_blocks(x, out, n, [=](Block v, int64_t at, int64_t) { return normal(v) * a.whole(at) + c.whole(at); });
     } else {
-      emit(out, channels, [=](int64_t i) { return normal(x[i]); });
+      emit_blocks(x, out, n, [=](Block v, int64_t, int64_t) { return normal(v); });
     }
   }
+
+ private:
+  const LayerNorm& p_;
+  Arranged<T> weight_, bias_, scale_, shift_;
 };
 
 }  // namespace diffkern

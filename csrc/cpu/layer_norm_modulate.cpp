@@ -15,11 +15,18 @@ Tensor layer_norm_modulate(const Tensor& x, const std::optional<Tensor>& shift, 
   with_dtype("diffkern::layer_norm_modulate", x.scalar_type(), [&]<class T>(T*) {
     const T* in = static_cast<const T*>(x.const_data_ptr());
     T* out = data_of<T>(y);
+    const LayerNormRows<T> rows(norm);
+    const int64_t together = rows_together(2 * n * sizeof(T));
     in_parallel(norm.batch * norm.tokens, n, [&](int64_t begin, int64_t end) {
-      std::vector<float> room(std::is_same_v<T, float> ? 0 : n);
-      for (int64_t r = begin; r < end; ++r) {
-        const auto [v, sum] = summed(in + r * n, room.data(), n, itself);
-        norm.row(v, sum, r / norm.tokens, out + r * n);
+      for (int64_t r = begin; r < end; r += together) {
+        const int64_t some = std::min(together, end - r);
+        Normal normals[kTogether];
+        for (int64_t i = 0; i < some; ++i) {
+          normals[i] = normal_of(moments(Row<T>{in + (r + i) * n}, n), n, norm.eps);
+        }
+        for (int64_t i = 0; i < some; ++i) {
+          rows.emit(Row<T>{in + (r + i) * n}, normals[i], (r + i) / norm.tokens, out + (r + i) * n);
+        }
       }
     });
   });

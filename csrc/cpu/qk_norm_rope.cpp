@@ -1,5 +1,5 @@
 // qk_norm_rope, see diffkern/ops/qk_norm_rope.py. A head is read from memory once; the angles serve all of a token.
-#include "rows.h"
+#include "rms_norm.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -41,13 +41,21 @@ void heads(const Tensor& x, const std::optional<Tensor>& weight, const char* nam
   const std::vector<float> weights = parameter(kOp, name, weight, n, 1.0f);
   const T* in = static_cast<const T*>(x.const_data_ptr());
   T* out = data_of<T>(y);
+  if (rotation.cos == nullptr) {
+    if (weight) {
+      rms_norm_rows<N>(in, weights, eps, x.size(0) * tokens * count, n, out);
+    } else {
+      std::copy_n(in, x.numel(), out);
+    }
+    return;
+  }
   in_parallel(x.size(0) * tokens, count * n, [&](int64_t begin, int64_t end) {
     std::vector<float> room(n), normal(n), other(n);
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t at = r * count * n; at < (r + 1) * count * n; at += n) {
         const float* v = as_float(in + at, room.data(), n);
         if (weight) {
-          const float scale = rms_scale(sum_of(n, [v](int64_t i) { return square(v[i]); }), n, eps);
+          const float scale = rms_scale(Row<float>{v}, n, eps);
           float* scaled = normal.data();
           const float* w = weights.data();
           for (int64_t i = 0; i < n; ++i) {
@@ -55,13 +63,9 @@ void heads(const Tensor& x, const std::optional<Tensor>& weight, const char* nam
           }
           v = scaled;
         }
-        if (rotation.cos) {
-          const float *cos = rotation.cos + r % tokens * n, *sin = rotation.sin + r % tokens * n, *o = other.data();
-          rotation.turned(v, n, other.data());
-          emit(out + at, n, [=](int64_t i) { return v[i] * cos[i] + o[i] * sin[i]; });
-        } else {
-          emit(out + at, n, [=](int64_t i) { return v[i]; });
-        }
+        const float *cos = rotation.cos + r % tokens * n, *sin = rotation.sin + r % tokens * n, *o = other.data();
+        rotation.turned(v, n, other.data());
+        emit(out + at, n, [=](int64_t i) { return v[i] * cos[i] + o[i] * sin[i]; });
       }
     }
   });

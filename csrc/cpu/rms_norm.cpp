@@ -1,5 +1,5 @@
 // rms_norm, see diffkern/ops/rms_norm.py. A row is read from memory once.
-#include "rows.h"
+#include "rms_norm.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -17,17 +17,7 @@ Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps
     return y;
   }
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
-    const T* in = static_cast<const T*>(x.const_data_ptr());
-    T* out = data_of<T>(y);
-    in_parallel(x.numel() / n, n, [&](int64_t begin, int64_t end) {
-      std::vector<float> room(n);
-      const float* w = weights.data();
-      for (int64_t r = begin; r < end; ++r) {
-        const auto [v, squares] = summed(in + r * n, room.data(), n, square);
-        const float scale = rms_scale(squares, n, eps);
-        emit(out + r * n, n, [=, v = v](int64_t i) { return v[i] * scale * w[i]; });
-      }
-    });
+    rms_norm_rows<0>(static_cast<const T*>(x.const_data_ptr()), weights, eps, x.numel() / n, n, data_of<T>(y));
   });
   return y;
 }

@@ -18,13 +18,6 @@ void in_parallel(int64_t n, int64_t elements_each, F f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-// What a loop may read n values from by to_float: where they are, unless their conversion has instructions of its own.
-template <class T>
-const T* readable(const T* in, float*, int64_t) {
-  return in;
-}
-inline const float* readable(const Half* in, float* room, int64_t n) { return as_float(in, room, n); }
-
 // f(0) + ... + f(n - 1), as many sums side by side as hide the latency of an addition, then folded in pairs.
 template <class F>
 float sum_of(int64_t n, F f) {
@@ -81,38 +74,9 @@ struct Moments {
   float mean, squares;  // squares: the sum of squares about the mean
 };
 
-// Of values whose sum is known already.
-inline Moments moments(const float* x, int64_t n, float sum) {
-  const float mean = sum / static_cast<float>(n);
-  const float squares = sum_of(n, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
-  return {mean, squares};
-}
-
-inline Moments moments(const float* x, int64_t n) { return moments(x, n, sum_of(n, [x](int64_t i) { return x[i]; })); }
-
-struct Summed {
-  const float* values;
-  float sum;
-};
-
-// n values as float32 and the sum of f of each, in one pass.
-template <class T, class F>
-Summed summed(const T* in, float* room, int64_t n, F f) {
-  if constexpr (std::is_same_v<T, float>) {
-    return {in, sum_of(n, [=](int64_t i) { return f(in[i]); })};
-  } else {
-    const auto* x = readable(in, room, n);
-    return {room, sum_of(n, [=](int64_t i) { return f(room[i] = to_float(x[i])); })};
-  }
-}
-
-// Objects, not functions, which sums would call by a pointer.
-inline constexpr auto itself = [](float x) { return x; };
-inline constexpr auto square = [](float x) { return x * x; };
-
-// What brings the root of the mean square to 1.
-inline float rms_scale(float squares, int64_t n, double eps) {
-  return static_cast<float>(1 / std::sqrt(double{squares} / static_cast<double>(n) + eps));
+inline Moments moments(const float* x, int64_t n) {
+  const float mean = sum_of(n, [x](int64_t i) { return x[i]; }) / static_cast<float>(n);
+  return {mean, sum_of(n, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); })};
 }
 
 // n values of any dtype, in float32.
