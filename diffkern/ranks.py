@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import torch
 
 _calls = count()  # of `join`, in step in all processes: what one job left in the store is not the next one's
+_ANSWER = 0.1  # seconds between two looks at who asks
 _FAREWELL = 30.0  # seconds
 
 
@@ -53,8 +56,9 @@ def gpu_of_this_process(there: int) -> int:
 
 
 @contextmanager
-def join() -> Iterator[Ranks]:
-    """The processes of a job, for its time. Raises ConnectionError if their store is lost meanwhile."""
+def join(pause: Callable[[], None] = lambda: None) -> Iterator[Ranks]:
+    """The processes of a job, for its time. pause: called while this one waits for the first; raises whatever ends the
+    job there. Raises ConnectionError if their store is lost meanwhile."""
     import torch.distributed as dist
 
     if not is_launched():
@@ -62,12 +66,44 @@ def join() -> Iterator[Ranks]:
         return
     try:
         store, rank, world = next(iter(dist.rendezvous("env://")))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        ranks = Ranks(dist.PrefixStore(f"diffkern/{attempt}/{next(_calls)}", store), rank, world)
-        yield ranks
-        _part(ranks)
+        with _together(dist.PrefixStore(f"diffkern/{next(_calls)}", store), rank, pause) as own:
+            ranks = Ranks(own, rank, world)
+            yield ranks
+            _part(ranks)
     except (dist.DistNetworkError, dist.DistStoreError):
         raise ConnectionError("the store of torchrun is lost") from None
+
+
+@contextmanager
+def _together(store: Any, rank: int, pause: Callable[[], None]) -> Iterator[Any]:
+    """A store of those alone that torchrun started together. Its own outlives them, and how often it started them again
+    every host counts for itself: so the first process names each start, and answers all who ask for the name."""
+    import torch.distributed as dist
+
+    if rank:
+        question = store.add("questions", 1)
+        while not store.check([f"answer {question}"]):
+            pause()
+            time.sleep(_ANSWER)
+        yield dist.PrefixStore(store.get(f"answer {question}").decode(), store)
+        return
+    name, ended = uuid.uuid4().hex, Event()
+
+    def answer() -> None:
+        answered = 0
+        with suppress(dist.DistNetworkError, dist.DistStoreError):
+            while not ended.wait(_ANSWER):
+                for question in range(answered + 1, store.add("questions", 0) + 1):
+                    store.set(f"answer {question}", name)
+                    answered = question
+
+    thread = Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield dist.PrefixStore(name, store)
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _part(ranks: Ranks) -> None:

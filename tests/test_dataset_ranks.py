@@ -1,12 +1,15 @@
-"""Datasets by several processes: under torchrun, which starts all again when one dies, and where one at a time is
-killed and comes back while the others go on."""
+"""Datasets by several processes: under torchrun on two hosts, which start all again when one dies, and where one at a
+time is killed and comes back while the others go on."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from folders import CONFIG, SCHEDULER, write_tiny
 
-from diffkern import cli
+from diffkern import cli, ranks
 from diffkern.dataset import job, manifest
 from diffkern.likelihood.parts import Part, Parts
 from diffkern.likelihood.record import Record
@@ -37,7 +40,7 @@ if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, *args, **kwargs)
     UNet2D.forward = dying
-sys.exit(max(cli.main(command) for command in json.loads(sys.argv[1])))
+sys.exit(next((code for command in json.loads(sys.argv[1]) if (code := cli.main(command))), 0))
 """
 
 
@@ -61,7 +64,7 @@ def scores(path):
     return [{key: part for key, part in result.items() if key != "seconds"} for result in value["results"]]
 
 
-def test_torchrun_restarts_a_job_and_its_bytes_are_those_of_one_process(tmp_path, one_thread):
+def test_two_hosts_restart_a_job_and_its_bytes_are_those_of_one_process(tmp_path, one_thread):
     torch.manual_seed(0)
     UNet2D(replace(CONFIG, num_class_embeds=None)).save(tmp_path / "tiny", torch.float32)
     (tmp_path / "tiny/scheduler_config.json").write_text(json.dumps(SCHEDULER))
@@ -75,20 +78,57 @@ def test_torchrun_restarts_a_job_and_its_bytes_are_those_of_one_process(tmp_path
             "--method vlb --method ode --terms 3 --solver heun --steps 2".split(),
         ]
 
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.1"
-    done = subprocess.run(
-        [sys.executable, *torchrun.split(), str(tmp_path / "rank.py"), json.dumps(commands("two"))],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("30 pictures in 8 shards, checked") == 1
-    assert "by 2 processes" in done.stdout
-    assert "were there before" in done.stdout, "what was made before the kill is kept"
-    assert done.stdout.count("bits/dim:") == 1, "the first process says it, the other nothing"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torchrun = ("-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --max-restarts 1 --monitor-interval 0.1 "
+                f"--rdzv-backend c10d --rdzv-endpoint localhost:{port}")  # fmt: skip
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, *torchrun.split(), str(tmp_path / "rank.py"), json.dumps(commands("two"))],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    ended = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], ended
+    said = "".join(out for out, _ in ended)
+    assert said.count("30 pictures in 8 shards, checked") == 1
+    assert "by 2 processes" in said
+    assert "were there before" in said, "what was made before the kill is kept"
+    assert said.count("bits/dim:") == 1, "the first process says it, the other nothing"
     assert [cli.main(command) for command in commands("one")] == [0, 0]
     assert len(contents(tmp_path / "one")) == 16
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert scores(tmp_path / "two.json") == scores(tmp_path / "one.json")
+
+
+def test_the_processes_of_one_start_meet_and_no_others():
+    """Torchrun's store holds what an earlier start left, and hosts differ in how often they say that they started."""
+    store, met = dist.HashStore(), []
+
+    def follow(pause=lambda: None):
+        with ranks._together(store, 1, pause) as own:
+            met.append((own.get("start"), own.add("counted", 1)))
+
+    for start in (b"first", b"second"):
+        early, late = threading.Thread(target=follow), threading.Thread(target=follow)
+        early.start()
+        time.sleep(0.2)
+        assert early.is_alive(), "what the start before was named is no answer"
+        with ranks._together(store, 0, lambda: None) as own:
+            own.set("start", start)
+            late.start()
+            early.join(10)
+            late.join(10)
+        assert sorted(met) == [(start, 1), (start, 2)]
+        met.clear()
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(stopped)
 
 
 def test_a_process_that_is_not_like_the_first_is_refused(tmp_path):

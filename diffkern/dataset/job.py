@@ -122,7 +122,7 @@ def write(
     settings = {**plan.settings(), "format": kind, "shard size": size}
     folder = Folder(out, kind, plan.n, size, manifest.digest(settings))
     start = time.perf_counter()
-    with join() as ranks, _opened(ranks, out, settings, plan.device, pause):
+    with join(pause) as ranks, _opened(ranks, out, settings, plan.device, pause):
         bar = _Bar(ranks, plan, progress)
 
         def wait() -> None:
