@@ -150,10 +150,10 @@ def test_a_process_that_is_not_like_the_first_is_refused(tmp_path):
         join("no room", {"seed": 0})
 
     store, path, part = dist.HashStore(), tmp_path / "likelihood.json", Part("noise", "vlb", 0, 3)
-    Parts(Ranks(store, 0, 2), Record(path, "tiny", {"seed": 0}, {}, []), [part])
-    assert Parts(Ranks(store, 1, 2), Record(path, "tiny", {"seed": 0}, {}, []), []).todo == [part]
+    Parts(Ranks(store, 0, 2), Record(path, "tiny", {"seed": 0}, {}, []), [part], lambda: None)
+    assert Parts(Ranks(store, 1, 2), Record(path, "tiny", {"seed": 0}, {}, []), [], lambda: None).todo == [part]
     with pytest.raises(ValueError, match="process 1 differs from the first, which has seed 0, not 1"):
-        Parts(Ranks(store, 1, 2), Record(path, "tiny", {"seed": 1}, {}, []), [])
+        Parts(Ranks(store, 1, 2), Record(path, "tiny", {"seed": 1}, {}, []), [], lambda: None)
 
 
 def test_kills_at_random_moments_lose_nothing(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,34 @@ def test_ctrl_c_says_what_is_kept(score, monkeypatch, capsys):
     assert os.listdir() == ["likelihood.json"]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_ends_it_after_a_few_pictures_the_second_at_once(score, monkeypatch, capsys, number, code):
+    assert score("--method", "vlb", "--out", "whole.json") == 0
+    calls = iter(range(1000))
+    forward = UNet2D.forward
+
+    def signalled(self, *args, **kwargs):
+        if next(calls) in signals:
+            os.kill(os.getpid(), number)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2D, "forward", signalled)
+    signals = {8}  # a picture takes 7 calls: 11 transitions and 2 draws of the reconstruction, 2 at a time
+    assert score("--method", "vlb") == code
+    assert capsys.readouterr().err == (
+        "diffkern likelihood: stopping after these pictures; again to stop at once\n"
+        "diffkern likelihood: stopped; what is done is kept in likelihood.json: the same command goes on from there\n"
+    )
+    assert read()["results"][0]["scored"] == 2
+    calls, signals = iter(range(1000)), {9, 10}
+    assert score("--method", "vlb") == code
+    assert read()["results"][0]["scored"] == 3
+    assert next(calls) == 11, "the second one does not wait for the picture's end"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert score("--method", "vlb") == 0
+    assert without_times(read()) == without_times(read("whole.json"))
+
+
 @pytest.mark.parametrize(("terms", "count"), [("all", T - 1), ("4", 4), (None, T - 1)])
 def test_terms_are_all_or_some(score, terms, count):
     assert score("--method", "vlb", "-n", 1, *(() if terms is None else ("--terms", terms))) == 0
@@ -191,42 +220,3 @@ def test_the_bar_ends_where_the_work_does(folder, here, capsys):
     assert "noise, vlb: " in "".join(shown)
     assert shown[-1].startswith("noise, ode: 100%|")
     assert not [line for line in shown if "101%" in line]
-
-
-def test_a_plot_shows_every_set(score, folder):
-    pytest.importorskip("matplotlib")
-    assert score("-n", 2, "--data", "noise", "--data", folder / "pictures", "--plot", "terms.png") == 0
-    with Image.open("terms.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
-    assert pixels.shape == (750, 1650, 3)
-    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # matplotlib's first two: a set each
-        drawn = np.abs(pixels - color).max(axis=-1) < 8
-        assert drawn[:, :1000].sum() > 300, "a curve"
-        assert drawn[:, 1200:].sum() > 100, "totals"
-    assert sorted(os.listdir()) == ["likelihood.json", "terms.png"]
-
-
-@pytest.mark.parametrize(("method", "options"), [(vlb, {"terms": 9}), (vdm, {"points": 9}), (vlb, {})])
-def test_the_plot_has_each_term_at_the_timesteps_that_it_was_taken_at(method, options):
-    schedule, asked = schedules.cosine(100), []
-
-    def model(x, time):
-        asked.extend(time.tolist())
-        return x
-
-    n = 20
-    method(model, load_data("noise", (1, 2, 2), n).images, schedule, batch_size=n, **options)
-    count = options.get("terms", options.get("points", 99))
-    taken = torch.tensor(asked, dtype=torch.float64).reshape(-1, n)[-count:]  # a row for each term, the decoder's first
-
-    t, width = plot.timesteps(schedule, method.__name__, count)
-
-    assert width.sum().item() == pytest.approx(99)
-    edges = torch.cat([torch.zeros(1, dtype=torch.float64), width.cumsum(0)])
-    if method is vdm:  # from noise to data
-        edges = 99 - edges
-        low, high = edges[1:] - 0.5, edges[:-1] + 0.5  # between timesteps they interpolate differently
-    else:
-        low, high = edges[:-1].floor() + 1, edges[1:].ceil()
-    assert ((taken >= low[:, None]) & (taken <= high[:, None])).all()
-    assert ((t >= low - 0.5) & (t <= high + 0.5)).all()  # where parts of one timestep lie side by side around it

@@ -28,6 +28,7 @@ from diffkern.models.unet_condition import UNet2DCondition
 from diffkern.ranks import of_this_process
 from diffkern.samplers import SAMPLERS
 from diffkern.schedules import one_of
+from diffkern.stop import on_signals
 
 TERMS = 32  # unless told otherwise
 FEW = 8  # pictures that are listed without being asked for
@@ -95,8 +96,9 @@ def likelihood(args: argparse.Namespace) -> None:
         batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
         kept = settings_of(diffusion, settings, args.backend)
         if of_this_process()[0]:  # the first has the record, and says all that there is to say
-            run(diffusion, sets, labels, methods, settings, Record(args.out, diffusion.name, kept, data, []),
-                batch_size=batch_size)  # fmt: skip
+            with on_signals(None) as stop:
+                run(diffusion, sets, labels, methods, settings, Record(args.out, diffusion.name, kept, data, []),
+                    batch_size=batch_size, pause=stop.pause)  # fmt: skip
             return
         record = Record.open(args.out, diffusion.name, kept, data, methods, args.restart)
         out = sys.stderr if args.json else sys.stdout
@@ -104,7 +106,8 @@ def likelihood(args: argparse.Namespace) -> None:
         print(options.machine(diffusion, (*diffusion.model.OPS, "add_noise", "vlb_term"), device), file=out)
         if done := sum(e.done for e in record.entries):
             print(f"{args.out}: goes on after {done} of {sum(e.pictures for e in record.entries)} scores", file=out)
-        run(diffusion, sets, labels, methods, settings, record, batch_size=batch_size)
+        with on_signals("diffkern likelihood: stopping after these pictures; again to stop at once") as stop:
+            run(diffusion, sets, labels, methods, settings, record, batch_size=batch_size, pause=stop.pause)
     if args.plot is not None:
         plot.draw(record, diffusion.schedule, args.plot)
     if args.json:

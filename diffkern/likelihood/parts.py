@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from diffkern.identity import changes
@@ -33,12 +33,14 @@ class Part(NamedTuple):
 class Parts:
     """What is left of a run: todo, the same in all processes, which are told it by the first."""
 
-    def __init__(self, ranks: Ranks, record: Record, todo: Sequence[Part]) -> None:
-        """todo: of the first process. Raises ValueError in another that has other settings."""
+    def __init__(self, ranks: Ranks, record: Record, todo: Sequence[Part], pause: Callable[[], None]) -> None:
+        """todo: of the first process. pause: called while another waits for it. Raises ValueError in another that
+        has other settings."""
         self.store, self.record = ranks.store, record
         if ranks.rank == 0:
             self.store.set("parts", json.dumps([record.settings, todo]))
         while not self.store.check(["parts"]):
+            pause()
             time.sleep(0.1)
         settings, parts = json.loads(self.store.get("parts"))
         if differ := changes(settings, record.settings):

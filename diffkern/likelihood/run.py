@@ -117,15 +117,17 @@ def run(
     *,
     batch_size: int = 64,
     progress: bool | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> None:
     """Score what the record lacks of these sets and methods, and write it after every few pictures.
 
     sets: of distinct names. labels: int64 [n] or None, by the name of the set. methods: of METHODS. batch_size: model
-    evaluations at a time. progress: as for `diffkern.sample`. Under torchrun, where it is called in every process, they
-    share the pictures out among themselves; the record of the first is filled and written, those of the others need no
-    entries. The figures are the same to the bit whether it was stopped on the way or not. Raises ValueError if one is
-    not finite, KeyboardInterrupt, with a sentence that says what is kept, if it is stopped, and ConnectionError if the
-    store of torchrun is lost."""
+    evaluations at a time. progress: as for `diffkern.sample`. pause: called before every few pictures, and while this
+    process waits for others; raises whatever ends the run there. Under torchrun, where it is called in every process,
+    they share the pictures out among themselves; the record of the first is filled and written, those of the others
+    need no entries. The figures are the same to the bit whether it was stopped on the way or not. Raises ValueError if
+    one is not finite, KeyboardInterrupt, with a sentence that says what is kept, if it is stopped, and ConnectionError
+    if the store of torchrun is lost."""
     by_name = {pictures.name: pictures for pictures in sets}
     T = len(diffusion.schedule)
 
@@ -137,8 +139,8 @@ def run(
     total = sum(weight(entry) * (entry.pictures - entry.done) for entry in left)
     style = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     try:
-        with join() as ranks:
-            parts = Parts(ranks, record, _todo(left, settings, T, batch_size))
+        with join(pause) as ranks:
+            parts = Parts(ranks, record, _todo(left, settings, T, batch_size), pause)
             shown = False if ranks.rank else progress
             with progress_bar(shown, total=total, bar_format=style) as bar:
 
@@ -147,8 +149,13 @@ def run(
                     done = total - sum(weight(entry) * (entry.pictures - entry.done) for entry in left)
                     bar.update(max(0, done - bar.n))
 
-                claims = Claims(ranks.store, [part.name for part in parts.todo], idle=gather)
+                def wait() -> None:
+                    gather()
+                    pause()
+
+                claims = Claims(ranks.store, [part.name for part in parts.todo], idle=wait)
                 for i in claims:
+                    wait()
                     part = parts.todo[i]
                     bar.set_description(f"{part.data}, {part.method}", refresh=False)
                     entry = Entry(part.data, part.method, len(part.pictures))
@@ -156,15 +163,14 @@ def run(
                     _score(diffusion, *where, settings, entry, batch_size, bar, weight(entry), claims)
                     parts.put(part, entry)
                     claims.done(i)
-                    gather()
                 gather()
         if left:
             record.save()
-    except KeyboardInterrupt:
-        if not any(entry.done for entry in record.entries):
-            raise
-        record.save()
-        raise KeyboardInterrupt(f"what is done is kept in {record.path}: the same command goes on from there") from None
+    except KeyboardInterrupt as e:
+        if any(entry.done for entry in record.entries):
+            record.save()
+            e.args = (f"what is done is kept in {record.path}: the same command goes on from there",)
+        raise
 
 
 def _todo(left: Sequence[Entry], settings: Settings, T: int, batch_size: int) -> list[Part]:
