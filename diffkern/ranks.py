@@ -16,6 +16,7 @@ import torch
 
 _calls = count()  # of `join`, in step in all processes: what one job left in the store is not the next one's
 _ANSWER = 0.1  # seconds between two looks at who asks
+_OVER = "over"
 _FAREWELL = 30.0  # seconds
 
 
@@ -81,11 +82,11 @@ def _together(store: Any, rank: int, pause: Callable[[], None]) -> Iterator[Any]
     import torch.distributed as dist
 
     if rank:
-        question = store.add("questions", 1)
-        while not store.check([f"answer {question}"]):
+        keys = [f"answer {store.add('questions', 1)}", _OVER]
+        while not (there := [key for key in keys if store.check([key])]):
             pause()
             time.sleep(_ANSWER)
-        yield dist.PrefixStore(store.get(f"answer {question}").decode(), store)
+        yield dist.PrefixStore(store.get(there[0]).decode(), store)
         return
     name, ended = uuid.uuid4().hex, Event()
 
@@ -101,6 +102,7 @@ def _together(store: Any, rank: int, pause: Callable[[], None]) -> Iterator[Any]
     thread.start()
     try:
         yield dist.PrefixStore(name, store)
+        store.set(_OVER, name)  # who comes later finds all done
     finally:
         ended.set()
         thread.join()

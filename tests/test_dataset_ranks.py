@@ -111,18 +111,27 @@ def test_the_processes_of_one_start_meet_and_no_others():
         with ranks._together(store, 1, pause) as own:
             met.append((own.get("start"), own.add("counted", 1)))
 
-    for start in (b"first", b"second"):
+    def start(name):
         early, late = threading.Thread(target=follow), threading.Thread(target=follow)
         early.start()
         time.sleep(0.2)
         assert early.is_alive(), "what the start before was named is no answer"
         with ranks._together(store, 0, lambda: None) as own:
-            own.set("start", start)
+            own.set("start", name)
             late.start()
             early.join(10)
             late.join(10)
-        assert sorted(met) == [(start, 1), (start, 2)]
-        met.clear()
+            assert sorted(met) == [(name, 1), (name, 2)]
+            met.clear()
+            if name == b"first":
+                raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        start(b"first")
+    start(b"second")
+    follow()
+    assert met == [(b"second", 3)], "who comes when all is done waits for nobody"
+    store = dist.HashStore()
 
     def stopped():
         raise KeyboardInterrupt
