@@ -27,13 +27,13 @@ def check_writable(path: Path, folder: Path | None = None) -> None:
     folder = path.parent if folder is None else folder
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: {folder} is not a folder")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission to replace it")
     try:  # os.access says yes on a read-only file system; only trying tells
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
         raise ValueError(f"cannot write {path}: {e.strerror}") from None
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write {path}: no permission to replace it")
 
 
 def check_folder(path: Path) -> None:

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-pytest_plugins = ["builds", "backends", "likelihood_runs"]  # their fixtures
+pytest_plugins = ["builds", "backends", "disks", "likelihood_runs", "shards"]  # their fixtures
 
 if torch.cuda.is_available():
     # The error that a kernel may make is measured by PyTorch's own, which here must not round to 10 bits.

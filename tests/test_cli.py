@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,11 @@ def test_exit_codes_of_the_real_command():
     assert done.returncode == 2
     assert done.stderr.startswith("diffkern sample: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffkern", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("diffkern", run_name="__main__")
+    assert ended.value.code == 0
+    assert diffkern.__version__ in capsys.readouterr().out

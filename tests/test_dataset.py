@@ -1,80 +1,27 @@
-"""Datasets in shards by one process: what is in them, what a restart keeps, and how a job ends that cannot go on."""
+"""Datasets in shards by one process: what is in them, and what a restart keeps."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
 import os
 import re
-import runpy
 import shutil
-import signal
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from filelock import FileLock
-from folders import write_tiny
-from graphs import make_prompted
 from PIL import Image
 from sentences import expect_a_sentence
+from shards import SHARDS, SIZE, N, arrays, contents
 
 import diffkern
-from diffkern import cli, options, pictures
-from diffkern.cli import main
-from diffkern.identity import digest
+from diffkern import cli, pictures
 from diffkern.models.unet import UNet2D
 
 ROOT = Path(__file__).parent.parent
-N, SIZE = 10, 4  # samples, and of them in a shard: the last has 2
-SHARDS = ["shard-00000", "shard-00001", "shard-00002"]
-
-
-@pytest.fixture(scope="module", name="folder")
-def make_folder(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module", name="tiny")
-def load_tiny(folder):
-    return diffkern.load(folder)
-
-
-@pytest.fixture(name="make")
-def make_make(folder, tmp_path, monkeypatch):
-    """Runs `diffkern sample --format npz` on the tiny model in an empty folder, into `out`."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    given = ["--model", folder, "--steps", 2, "-n", N, "--shard-size", SIZE, "--batch-size", 2, "--out", "out"]
-    return lambda *more: main(["sample", *map(str, [*given, *(() if "--format" in more else FORMAT), *more])])
-
-
-FORMAT = ("--format", "npz")
-
-
-def contents(folder="out"):
-    """The files of a dataset, but the lock."""
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != ".lock"}
-
-
-def arrays(folder="out"):
-    """What its .npz hold, in order."""
-    parts = [np.load(p) for p in sorted(Path(folder).glob("*.npz"))]
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
-
-
-@pytest.fixture(scope="module", name="expected")
-def draw_expected(tiny):
-    """The same samples without a folder: float32 [N, 3, 8, 8]."""
-    table = diffkern.make_table("dpmpp_2m", tiny.schedule, 2)
-    labels = [i % 3 for i in range(N)]
-    return diffkern.sample(tiny.model, table, N, labels=labels, guidance=3.0, batch_size=2)
 
 
 def test_shards_hold_what_sample_draws(make, expected, capsys):
@@ -208,111 +155,6 @@ def test_other_settings_are_refused_by_name(make, folder, tmp_path, capsys):
     expect_a_sentence(make, "manifest.json is damaged, or of no dataset of diffkern", capsys, ["out"])
 
 
-WRONG = {
-    ("--format", "jpg"): "no format is named 'jpg': choose one of npz, png, tar",
-    ("--shard-size", "0"): "--shard-size must be at least 1, not 0",
-    ("-n", "0"): "-n must be at least 1, not 0",
-    ("--guidance", "nan"): "finite",
-}
-
-
-@pytest.mark.parametrize("args", WRONG, ids=" ".join)
-def test_wrong_input_writes_nothing(make, args, capsys):
-    expect_a_sentence(lambda: make(*args), WRONG[args], capsys)
-
-
-def test_wrong_arguments_are_refused_before_anything_is_drawn(tiny, tmp_path):
-    table = diffkern.make_table("ddim", tiny.schedule, 2)
-    for wrong, message in (
-        ({"n": 0}, "n must be at least 1"),
-        ({"labels": []}, "one label or several"),
-        ({"guidance": 2.0}, "guidance needs labels"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"out": tmp_path / "out", "shard_size": 0}, "shard_size must be at least 1"),
-        ({"out": tmp_path / "out", "format": "jpg"}, "no format is named 'jpg'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            diffkern.sample_dataset(tiny.model, table, **{"n": 4, **wrong})
-    assert not (tmp_path / "out").exists()
-
-
-def test_latents_are_no_pictures(tmp_path):
-    table = diffkern.make_table("ddim", diffkern.load("emoji-32").schedule, 1)
-
-    def latents(x, t):
-        return x
-
-    def write(**more):
-        return diffkern.sample_dataset(latents, table, 2, shape=(4, 2, 2), out=tmp_path / "out", **more)
-
-    with pytest.raises(ValueError, match="4 channels is no png: give npz, or decode"):
-        write(format="png")
-    shutil.rmtree(tmp_path / "out")
-    assert write(format="png", decode=lambda x: x[:, :3]).shards == 1
-    assert np.asarray(Image.open(tmp_path / "out/00000001.png")).shape == (2, 2, 3)
-
-
-def test_a_full_disk_leaves_whole_shards_and_one_sentence(make, monkeypatch, capsys):
-    assert make("--out", "alone") == 0
-    writes, fsync = [], os.fsync
-
-    def full(handle):
-        writes.append(handle)
-        if len(writes) == 4:  # the manifest, a shard and its .json before
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    message = "cannot write out: No space left on device; out keeps 1 of 3 shards"
-    expect_a_sentence(make, message, capsys, ["alone", "out"])
-    assert sorted(contents()) == ["manifest.json", f"{SHARDS[0]}.json", f"{SHARDS[0]}.npz"]
-    assert make() == 0
-    assert contents() == contents("alone")
-
-
-def test_a_read_only_place_is_refused_at_once(make, monkeypatch, capsys):
-    def refuse(**kwargs):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    expect_a_sentence(make, "cannot write out: Read-only file system", capsys)
-
-
-def test_a_folder_takes_one_job_at_a_time(make, capsys):
-    os.mkdir("out")
-    with FileLock("out/.lock"):
-        expect_a_sentence(make, "another job is writing to out: wait for its end", capsys, ["out"])
-        assert contents() == {}
-    assert make() == 0
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_ends_it_after_the_shard_the_second_at_once(make, monkeypatch, capsys, number, code):
-    assert make("--out", "alone") == 0
-    calls = iter(range(1000))
-    forward = UNet2D.forward
-
-    def signalled(self, *args, **kwargs):
-        if next(calls) in signals:
-            os.kill(os.getpid(), number)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(UNet2D, "forward", signalled)
-    signals = {5, 6}  # a shard takes 4 calls, 2 of each of its 2 batches
-    assert make() == code
-    assert capsys.readouterr().err == (
-        "diffkern sample: stopping after this shard; again to stop at once\n"
-        "diffkern sample: stopped; out keeps 1 of 3 shards: the same command goes on from there\n"
-    )
-    calls, signals = iter(range(1000)), {1}
-    assert make() == code
-    assert "stopped; out keeps 2 of 3 shards" in capsys.readouterr().err
-    assert sorted(contents()) == sorted(["manifest.json", *(f"{s}.{e}" for s in SHARDS[:2] for e in ("json", "npz"))])
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert make() == 0
-    assert contents() == contents("alone")
-
-
 def test_the_bar_counts_what_was_there_before(tiny, tmp_path, capsys):
     table = diffkern.make_table("ddim", tiny.schedule, 1)
 
@@ -323,53 +165,6 @@ def test_the_bar_counts_what_was_there_before(tiny, tmp_path, capsys):
     assert "10/10" in write()
     (tmp_path / "shard-00002.npz").unlink()
     assert "10/10" in write()
-
-
-def test_a_model_is_known_by_what_it_computes(tiny, folder):
-    model, again = tiny.model, UNet2D.from_folder(folder)
-    assert digest(model) == digest(again)
-    again.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    assert digest(again) == digest(model), "the layout is nothing of the model"
-    assert digest(again.double()) != digest(model)
-    assert digest(model.forward) != digest(model) != digest(model.conditioning)
-    with torch.no_grad():
-        again = UNet2D.from_folder(folder)
-        again.conv_in.weight[0, 0, 0, 0] += 1e-6
-    assert digest(again) != digest(model)
-    assert digest(np.sin) != digest(np.cos)
-    prompted, prompt = make_prompted()
-    assert digest(prompted.given(prompt)) == digest(prompted.given(prompt.clone()))
-    assert digest(prompted.given(prompt)) != digest(prompted.given(-prompt))
-
-
-def test_the_module_is_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["diffkern", "--version"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("diffkern", run_name="__main__")
-    assert ended.value.code == 0
-    assert diffkern.__version__ in capsys.readouterr().out
-
-
-def test_every_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
-    taken: list[int] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert options.device_of("auto") == torch.device("cuda:0")
-    assert taken == [], "alone it changes nothing"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    for local in (0, 1):
-        monkeypatch.setenv("LOCAL_RANK", str(local))
-        assert options.device_of("auto") == options.device_of("cuda") == torch.device("cuda", local)
-    assert options.device_of("cuda:0") == torch.device("cuda:0"), "what is named is taken"
-    assert taken == [0, 0, 1, 1]
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 2 of this host has no GPU of its own: --nproc-per-node can be 2"):
-        options.device_of("auto")
-
-
-def test_torchrun_without_a_format_is_refused(make, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    expect_a_sentence(lambda: main(["sample"]), "under torchrun give --format: one of npz, png, tar", capsys)
 
 
 def test_the_page_on_datasets_tells_the_truth(tmp_path, monkeypatch, capsys):

@@ -17,8 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from folders import CONFIG, SCHEDULER, write_tiny
+from sentences import expect_a_sentence
 
-from diffkern import cli, ranks
+from diffkern import cli, options, ranks
 from diffkern.dataset import job, manifest
 from diffkern.likelihood.parts import Part, Parts
 from diffkern.likelihood.record import Record
@@ -175,3 +176,25 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 kills in ") == 2
     assert done.stdout.count("0 lost, 0 twice, all bytes equal") == 2
+
+
+def test_every_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert options.device_of("auto") == torch.device("cuda:0")
+    assert taken == [], "alone it changes nothing"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for local in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert options.device_of("auto") == options.device_of("cuda") == torch.device("cuda", local)
+    assert options.device_of("cuda:0") == torch.device("cuda:0"), "what is named is taken"
+    assert taken == [0, 0, 1, 1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 of this host has no GPU of its own: --nproc-per-node can be 2"):
+        options.device_of("auto")
+
+
+def test_torchrun_without_a_format_is_refused(make, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    expect_a_sentence(lambda: cli.main(["sample"]), "under torchrun give --format: one of npz, png, tar", capsys)
