@@ -198,3 +198,13 @@ def test_a_long_job(tmp_path):
     assert "1 process draws 15 (15 to 15) pictures a second, 2 draw 30 (30 to 30): each 96 % (94 to 98 %)" in details
     assert "From 64 to 1024 pictures one takes 65 to 70 ms of one process" in details
     assert "| 1024 | 65 (65 to 65) | 510 |" in details
+
+    rates = [72.0, 71, 72, 72, 73, 72, 72, 72, 72, 71.5]
+    whole = {"model": "emoji-32", "steps": 4, "whole": 50000, "processes": 2, "seconds": 696.0,
+             "pictures_per_second_by_tenth": rates, "peak_mb_before": [450, 451], "peak_mb": [460, 458]}  # fmt: skip
+    write(tmp_path, "m/dataset-whole", whole)
+    details = sections.details(sections.checked(tmp_path))
+    assert "1 process draws 15" in details
+    assert "50000 pictures of emoji-32 in 4 steps by 2 processes, takes 11.6 minutes" in details
+    assert "72 pictures a second in its first tenth, 72 in its last, 71 to 73 in all of them" in details
+    assert "is 451 MB before the first picture of the job, 460 MB after the last" in details
