@@ -95,8 +95,8 @@ def main() -> None:
     parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        *numbers, out = options.job
-        job(*map(int, numbers), out)
+        n, steps, shard, out = options.job
+        job(int(n), int(steps), int(shard), out)
         return
     if options.whole is not None:
         if options.whole < 40:

@@ -42,6 +42,7 @@ from diffkern.bench import record
 N = 46  # samples of a job
 LEASE = 1.0  # seconds
 EQUAL = "jobs with equal bytes"
+MEMBER = "member"  # in front of the command of a process that torchrun starts
 
 
 def run(command: list[str]) -> int:
@@ -133,7 +134,7 @@ def compare(out: Path, expected: dict[str, bytes]) -> dict[str, int]:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--run"]:
+    if sys.argv[1:2] == [MEMBER]:
         return run(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -144,6 +145,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a record, such as docs/kills.json")
     options = parser.parse_args()
+    machine = record.machine()  # now: whoever edits the sources meanwhile changes nothing of what runs
     chance = random.Random(options.seed)
     command = ["sample", "--model", options.model, "--steps", "2", "-n", str(N), "--shard-size", "4",
                "--batch-size", "2", "--device", "cpu", "--format", options.format]  # fmt: skip
@@ -167,7 +169,7 @@ def main() -> int:
         if options.hosts:
             note(**lose_hosts([*command, "--out", str(out)], out, log, options.hosts, chance, alone, expected))
     if options.out is not None:
-        value = {"machine": record.machine(), "model": options.model, "samples of a job": N, "runs": rows}
+        value = {"machine": machine, "model": options.model, "samples of a job": N, "runs": rows}
         files.replace(options.out, (json.dumps(value, indent=1) + "\n").encode())
     return int(any(row[EQUAL] != row["jobs"] for row in rows))
 
@@ -197,7 +199,7 @@ class Host:
     def __init__(self, command: list[str], log: Path, port: int, first: bool) -> None:
         self.log = log
         words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-conf", f"is_host={first}",
-                 "--rdzv-endpoint", f"localhost:{port}", __file__, "--run", *command]  # fmt: skip
+                 "--rdzv-endpoint", f"localhost:{port}", __file__, MEMBER, *command]  # fmt: skip
         with log.open("w") as file:
             torchrun = [sys.executable, "-m", "torch.distributed.run", *words]
             self.agent = subprocess.Popen(torchrun, stdout=file, stderr=file)
@@ -231,6 +233,8 @@ def lose_hosts(
             port = free.getsockname()[1]
         hosts = [Host(command, log.with_name(f"host-{i}"), port, first=i == 0) for i in range(2)]
         while not list(out.glob("shard-*.json")):
+            if any(host.agent.poll() is not None for host in hosts):
+                raise RuntimeError(f"a host did not start:\n{hosts[0].log.read_text()}\n{hosts[1].log.read_text()}")
             time.sleep(0.01)
         time.sleep(chance.uniform(0, alone / 3))
         if job % 2:
