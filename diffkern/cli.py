@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except SaidByFirst:
         return 2
-    except (ValueError, diffkern.BackendError) as e:
+    except (ValueError, ConnectionError, diffkern.BackendError) as e:
         print(f"diffkern {args.command}: {e}", file=sys.stderr)
         return 2
     except OSError as e:

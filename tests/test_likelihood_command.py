@@ -130,13 +130,14 @@ def test_a_run_can_grow_and_its_figures_stay(score, folder, capsys):
     assert "2 of noise without labels" in capsys.readouterr().out
 
 
-def test_ctrl_c_says_what_is_kept(score, monkeypatch, capsys):
+def test_ctrl_c_and_a_lost_store_say_what_is_kept(score, monkeypatch, capsys):
     calls: list[object] = []
+    end: BaseException = KeyboardInterrupt()
 
     def stop(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise end
         return vlb(*args, **kwargs)
 
     monkeypatch.setitem(METHODS, "vlb", METHODS["vlb"]._replace(score=stop))
@@ -144,10 +145,15 @@ def test_ctrl_c_says_what_is_kept(score, monkeypatch, capsys):
     kept = "what is done is kept in likelihood.json: the same command goes on from there"
     assert capsys.readouterr().err == f"diffkern likelihood: stopped; {kept}\n"
     assert read()["results"][0]["scored"] == 2
-    calls[:] = [None] * 2
+    calls, end = [None] * 2, KeyboardInterrupt()
     assert score("--method", "vlb", "--out", "new.json") == 130
     assert capsys.readouterr().err == "diffkern likelihood: stopped; nothing was written\n"
     assert os.listdir() == ["likelihood.json"]
+    calls, end = [], ConnectionError("the store of torchrun is lost")
+    assert score("--method", "vlb", "--restart") == 2
+    assert capsys.readouterr().err == f"diffkern likelihood: {end.args[0]}\n"
+    assert end.args[0] == f"the store of torchrun is lost; {kept}"
+    assert read()["results"][0]["scored"] == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -126,8 +126,8 @@ def run(
     process waits for others; raises whatever ends the run there. Under torchrun, where it is called in every process,
     they share the pictures out among themselves; the record of the first is filled and written, those of the others
     need no entries. The figures are the same to the bit whether it was stopped on the way or not. Raises ValueError if
-    one is not finite, KeyboardInterrupt, with a sentence that says what is kept, if it is stopped, and ConnectionError
-    if the store of torchrun is lost."""
+    one is not finite, KeyboardInterrupt if it is stopped, and ConnectionError if the store of torchrun is lost, both
+    with a sentence that says what is kept."""
     by_name = {pictures.name: pictures for pictures in sets}
     T = len(diffusion.schedule)
 
@@ -166,10 +166,11 @@ def run(
                 gather()
         if left:
             record.save()
-    except KeyboardInterrupt as e:
+    except (KeyboardInterrupt, ConnectionError) as e:
         if any(entry.done for entry in record.entries):
             record.save()
-            e.args = (f"what is done is kept in {record.path}: the same command goes on from there",)
+            kept = f"what is done is kept in {record.path}: the same command goes on from there"
+            e.args = (f"{e}; {kept}" if str(e) else kept,)
         raise
 
 
