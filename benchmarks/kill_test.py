@@ -10,7 +10,7 @@ them die, as they do where torchrun's store is. When a job is finished it is com
 left alone, and the next begins.
 
 A host is torchrun with a process of its own, killed at once. Without the second one the first finishes; without the
-first, where the store is, the second ends with a sentence, and the same command goes on."""
+first, where the store is, torchrun ends on the second as well, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -239,8 +239,7 @@ def lose_hosts(
         time.sleep(chance.uniform(0, alone / 3))
         if job % 2:
             hosts[0].kill()
-            hosts[1].until_it_says("the store of torchrun is lost")
-            hosts[1].kill()
+            hosts[1].agent.wait(timeout=300)
             Job(command, log, 1, 0).until(time.monotonic() + 600)
         else:
             hosts[1].kill()

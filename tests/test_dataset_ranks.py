@@ -168,14 +168,18 @@ def test_a_process_that_is_not_like_the_first_is_refused(tmp_path):
 
 def test_kills_at_random_moments_lose_nothing(tmp_path):
     write_tiny(tmp_path)
-    words = ["--kills", 4, "--processes", 1, 4, "--format", "png", "--model", tmp_path]
+    out = tmp_path / "kills.json"
+    words = ["--kills", 4, "--processes", 1, 4, "--format", "png", "--model", tmp_path, "--out", out]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/kill_test.py"), *map(str, words)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("4 kills in ") == 2
-    assert done.stdout.count("0 lost, 0 twice, all bytes equal") == 2
+    runs = json.loads(out.read_text())["runs"]
+    assert [run["processes"] for run in runs] == [1, 4]
+    for run in runs:
+        assert run["kills"] >= 4
+        assert (run["lost"], run["twice"], run["jobs with equal bytes"]) == (0, 0, run["jobs"])
 
 
 def test_every_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
