@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +36,16 @@ def per_sample(v: Tensor, x: Tensor) -> Tensor:
 def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """A per-sample, per-channel matrix [B, C], shaped to broadcast against x [B, C, ...]."""
     return v.reshape(*v.shape, *(1,) * (x.dim() - 2))
+
+
+def rows_of(table: Tensor, row: Tensor) -> Tensor:
+    """table[row] for the row of each sample: [B, ...], float. A row that there is not is NaN, and so is all that is
+    made of it, for that sample alone: a mark that needs no state, waits for nothing and can be recorded in a CUDA
+    graph. The nearest row would give a result that looks right; PyTorch's own check on a GPU ends the process's use of
+    it."""
+    outside = len(table)
+    there = (row >= 0) & (row < outside)
+    return F.pad(table, (0, 0) * (table.dim() - 1) + (0, 1), value=torch.nan).index_select(0, row.where(there, outside))
 
 
 def dense(args: tuple[object, ...]) -> tuple[object, ...]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffkern import invariant
+from diffkern import invariant, native
 from diffkern.available import availability, triton_interpreted
 from diffkern.layout import dense
 
@@ -114,6 +114,10 @@ def _no_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     return iter(())
 
 
+def _no_check(*args: Any) -> None:
+    """What the arguments are is left to PyTorch."""
+
+
 def _no_cost(*args: Any) -> Cost:
     raise NotImplementedError("this op has no cost yet")
 
@@ -124,6 +128,7 @@ class Op:
 
     reference: Callable[..., Any]
     backends: list[Backend] = field(default_factory=list)
+    check: Callable[..., Any] = _no_check
     grad: Callable[..., Any] | None = None
     invariantly: Callable[..., Any] | None = None
     make_samples: Callable[[str, torch.dtype], Iterator[Sample]] = _no_samples
@@ -150,6 +155,7 @@ class Op:
         if kwargs or len(args) < len(self.signature.parameters):
             args = self.bind(*args, **kwargs)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            self.check(*args)
             # Without a gradient of its own an op trains through its reference, which is differentiable and right.
             # Asked for None: whether a function is true, torch 2.11 cannot trace.
             return (self.reference if self.grad is None else self.grad)(*args)
@@ -195,6 +201,14 @@ class Op:
             return run
 
         return register
+
+    def checks(self, check: Callable[..., Any]) -> Callable[..., Any]:
+        """Register what is asked of a call before anything runs, but for the kernels in C++, which ask the same
+        themselves in less time: check(*args) raises RuntimeError with a sentence (diffkern/check.py) for sizes that do
+        not fit together and for what else a backend must be able to trust. A kernel may read past the end of a tensor
+        whose size nobody has asked for."""
+        self.check = check
+        return check
 
     def gradient(self, function: Any) -> Any:
         """Register what trains: an autograd.Function that takes the op's arguments, or a function that autograd can go
@@ -251,6 +265,8 @@ class Op:
             if args[i] is None:
                 raise TypeError(f"{self.name}: {list(self.positions)[i]} must be a tensor, got None")
         chosen = self.choose(args)
+        if chosen.name not in native.LIBRARIES:
+            self.check(*args)
         if self.invariantly is not None and invariant.is_on():
             return self.invariantly(chosen, *args)
         return chosen(*args)

@@ -16,7 +16,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from diffkern.layout import accumulate, per_sample
+from diffkern.check import rows_known
+from diffkern.layout import accumulate, per_sample, rows_of
 from diffkern.ops.add_noise import add_noise
 from diffkern.ops.randn import Draw
 
@@ -141,7 +142,8 @@ class Schedule:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x_t ~ q(x_t | x_0), and the noise in it if asked, in the dtype and layout of x0: [B, ...].
 
-        timestep: int64 [B], below T. keys: int64 [B, 2], see `noise_keys`. draw: which noise of each sample."""
+        timestep: int64 [B], below T: another on the CPU raises RuntimeError, on a GPU it makes x_t of that sample NaN.
+        keys: int64 [B, 2], see `noise_keys`. draw: which noise of each sample."""
         if x0.device not in self._on_device:
             self._on_device[x0.device] = self.alpha_sigma.to(x0.device)
         x_t, noise = add_noise(x0, timestep, self._on_device[x0.device], keys, draw, return_noise)
@@ -149,10 +151,11 @@ class Schedule:
 
     def target(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """What the model is trained to put out at x_t = alpha_t x0 + sigma_t noise. x0, noise: [B, ...].
-        timestep: int64 [B]. Returns the shape and dtype of x0."""
+        timestep: int64 [B], as for `add_noise`. Returns the shape and dtype of x0."""
+        rows_known("target", "timestep", timestep, len(self))
         u, w = PREDICTIONS[self.prediction](self.alpha_t, self.sigma_t, self.sigma_data)
         acc = accumulate(x0.dtype)
-        u, w = (per_sample(v.to(timestep.device)[timestep].to(acc), x0) for v in (u, w))
+        u, w = (per_sample(rows_of(v.to(timestep.device), timestep).to(acc), x0) for v in (u, w))
         return (u * x0 + w * noise).to(x0.dtype)
 
 

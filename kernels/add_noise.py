@@ -20,9 +20,10 @@ def _add_noise(
     sample = sample_index()
     if sample >= batch:
         return
-    row = tl.minimum(tl.maximum(tl.load(timestep + sample), 0), rows - 1)  # never outside the table
-    alpha = tl.load(alpha_sigma + 2 * row)
-    sigma = tl.load(alpha_sigma + 2 * row + 1)
+    row = tl.load(timestep + sample)
+    there = (row >= 0) & (row < rows)  # else NaN: never outside the table
+    alpha = tl.load(alpha_sigma + 2 * row, there, other=float("nan"))
+    sigma = tl.load(alpha_sigma + 2 * row + 1, there, other=float("nan"))
     offset, mask = tile(sample, n, CHANNELS, COLUMNS, ROWS)
     x = tl.load(x0 + offset, mask).to(tl.float32)
     z = tile_normals(keys, sample, draw, n, CHANNELS, COLUMNS, ROWS, QUADS, FAST)

@@ -19,9 +19,9 @@ _NEXT, _NEXT_BASE, _NEXT_H = tl.constexpr(8), tl.constexpr(16), tl.constexpr(24)
 
 
 @triton.jit
-def _combine(weights, x, m, x0, h0, h1, h2, base, PAST: tl.constexpr, BASE: tl.constexpr):
-    """The weighted sum of the terms that are there, in the reference's order."""
-    total = tl.load(weights) * x + tl.load(weights + 1) * m + tl.load(weights + 2) * x0
+def _combine(weights, there, x, m, x0, h0, h1, h2, base, PAST: tl.constexpr, BASE: tl.constexpr):
+    """The weighted sum of the terms that are there, in the reference's order; NaN if the row is not there."""
+    total = tl.load(weights, there, other=float("nan")) * x + tl.load(weights + 1) * m + tl.load(weights + 2) * x0
     if PAST & 1:
         total += tl.load(weights + 3) * h0
     if PAST & 2:
@@ -58,12 +58,14 @@ def _sampler_step(
     h2 = tl.load(h2_ptr + offset, mask).to(tl.float32) if PAST & 4 else x
 
     # The last row only ends the table (its c_in is what the model would see next), so no sample is at it.
-    r = table + tl.minimum(tl.maximum(tl.load(row_ptr + sample), 0), rows - 2) * _WIDTH
+    row = tl.load(row_ptr + sample)
+    there = (row >= 0) & (row < rows - 1)
+    r = table + tl.where(there, row, 0) * _WIDTH  # never outside the table
     clip = tl.load(r + _CLIP)
     x0 = tl.load(r + _A) * x + tl.load(r + _B) * m
     x0 = tl.minimum(x0, clip, propagate_nan=tl.PropagateNan.ALL)
     x0 = tl.maximum(x0, -clip, propagate_nan=tl.PropagateNan.ALL)
-    x_next = _combine(r + _NEXT, x, m, x0, h0, h1, h2, base, PAST, BASE)
+    x_next = _combine(r + _NEXT, there, x, m, x0, h0, h1, h2, base, PAST, BASE)
     if NOISY:
         draw = tl.load(r + _DRAW).to(tl.int64)
         z = tile_normals(keys, sample, draw, n, CHANNELS, COLUMNS, ROWS, QUADS, FAST)
@@ -76,10 +78,10 @@ def _sampler_step(
         if GUIDED:
             tl.store(input_ptr + conditional, model_input, mask)
     if RESULTS & 4:
-        base_next = _combine(r + _NEXT_BASE, x, m, x0, h0, h1, h2, base, PAST, BASE)
+        base_next = _combine(r + _NEXT_BASE, there, x, m, x0, h0, h1, h2, base, PAST, BASE)
         tl.store(base_next_ptr + offset, base_next.to(base_next_ptr.dtype.element_ty), mask)
     if RESULTS & 8:
-        h_next = _combine(r + _NEXT_H, x, m, x0, h0, h1, h2, base, PAST, BASE)
+        h_next = _combine(r + _NEXT_H, there, x, m, x0, h0, h1, h2, base, PAST, BASE)
         tl.store(h_next_ptr + offset, h_next.to(h_next_ptr.dtype.element_ty), mask)
 
 

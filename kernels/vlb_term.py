@@ -164,7 +164,11 @@ def _terms(
     if sample >= batch:
         return
     first = tl.program_id(0).to(tl.int64) * RUN
-    r = table + tl.minimum(tl.maximum(tl.load(timestep + sample), 0), rows - 1) * _WIDTH
+    row = tl.load(timestep + sample)
+    if (row < 0) | (row >= rows):  # never outside the table
+        tl.store(out + sample * tl.num_programs(0) + tl.program_id(0), float("nan"))
+        return
+    r = table + row * _WIDTH
     low = tl.load(r + (_LOGVAR_MIN if LEARNED else _LOGVAR_MAX))
     width = tl.load(r + _BIN)
     total = tl.zeros([TILE], tl.float32)

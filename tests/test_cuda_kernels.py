@@ -11,12 +11,13 @@ import cuda_library
 import pytest
 import torch
 from one_sample import alone
+from rows import LOOKUPS, check_rows_outside
 from torch import Tensor
 
 from diffkern.layout import is_dense
 from diffkern.op import OPS, Sample, use_backend
 from diffkern.ops.randn import Draw, noise_keys, normal
-from diffkern.testing import check, make, tensors
+from diffkern.testing import check, tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,17 +156,10 @@ def test_many_tiles_a_program_change_nothing():
 # Nothing outside its bounds
 
 
-def test_a_row_outside_the_table_is_clamped():
-    x0 = make((3, 40), DEVICE, torch.float32)
-    table = torch.linspace(0.1, 0.9, 12, device=DEVICE).reshape(6, 2)
-    keys = noise_keys(0, 3, DEVICE)
-    wild = torch.tensor([-1, 6, 1 << 40], device=DEVICE)
-    tame = torch.tensor([0, 5, 5], device=DEVICE)
-    same(*(run("add_noise", x0, t, table, keys, 0, False)[0] for t in (wild, tame)))
-    args = next(s for s in small("sampler_step", torch.float32) if s.name == "bare").args()
-    rows = (wild, torch.tensor([0, 4, 4], device=DEVICE))  # the table's sixth row only ends it
-    for a, b in zip(*(run("sampler_step", *args[:3], row, *args[4:]) for row in rows), strict=True):
-        same(a, b)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in LOOKUPS if name in cuda_library.NAMES])
+def test_a_row_outside_the_table_makes_its_sample_nan(name, dtype):
+    check_rows_outside(name, lambda *args: run(name, *args), DEVICE, dtype)
 
 
 def test_a_nan_passes_through_the_clip():

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from mutations import mutate, rearrange
+from rows import LOOKUPS, check_rows_outside, wild_calls
 from torch import Tensor
 
 from diffkern.op import OPS, BackendError, Op, availability, use_backend
@@ -33,6 +34,7 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
 )
 BACKENDS = ("auto", "cpu", "torch")
+INTERPRETED = () if torch.cuda.is_available() or availability("triton") is not None else ("triton",)
 # What a wrong call may end with: torch's own are RuntimeError, IndexError and NotImplementedError.
 CLEAR = (ValueError, TypeError, RuntimeError, IndexError, OverflowError, BackendError)
 UNCLEAR = ("INTERNAL ASSERT", "std::", "basic_string", "vector::", "bad_alloc", "Exception raised from", "Traceback")
@@ -209,15 +211,22 @@ def test_no_tensor_is_none_or_elsewhere(op):
                 op(*args[:i], args[i].to("meta"), *args[i + 1 :])
 
 
-@pytest.mark.parametrize("row", [-1, 1000, 1 << 40])
-def test_the_reference_too_looks_up_only_rows_that_there_are(row):
-    """It took the last row for -1. The C++ kernels are asked in test_arguments.py."""
-    for name, at in (("add_noise", 1), ("sampler_step", 3), ("vlb_term", 4)):
-        args = next(a for a in calls(name, torch.float32) if len(a[0]) > 1)
-        args[at][-1] = row
-        with use_backend("reference"), pytest.raises((IndexError, RuntimeError), match="index out of range"):
-            OPS[name](*args)
-        calls.cache_clear()
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_only_rows_that_there_are_are_looked_up(name):
+    """The reference took the last row for -1, and the kernels for GPUs the nearest."""
+    op, at = OPS[name], LOOKUPS[name][1]
+    check_rows_outside(name, lambda *args: tensors(op.reference(*args)), "cpu")
+    for _, wild in wild_calls(name, "cpu", torch.float32):
+        for args in wild:
+            allowed = len(args[LOOKUPS[name][0]]) - LOOKUPS[name][2] - 1
+            sentence = rf"{list(op.positions)[at]}\[1\] is {args[at][1]}, allowed are 0 to {allowed}$"
+            for backend in ("reference", "auto", "cpu", *INTERPRETED):
+                if availability(backend) is None:
+                    with use_backend(backend), pytest.raises(RuntimeError, match=f"^diffkern::{name}: {sentence}"):
+                        op(*args)
+            x = args[0].clone().requires_grad_()  # training asks too
+            with pytest.raises(RuntimeError, match=sentence):
+                op(x, *args[1:])
 
 
 def test_heads_without_numbers_or_keys():

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from one_sample import alone
+from rows import LOOKUPS, check_rows_outside
 from torch import Tensor
 from triton_kernels import DEVICE, KERNELS, interpreted, run, small
 
 import diffkern
-from diffkern.layout import is_dense
+from diffkern.layout import dense, is_dense
 from diffkern.op import OPS, availability
 from diffkern.ops.randn import noise_keys, normal
-from diffkern.testing import check, make
+from diffkern.testing import check, make, tensors
 
 if (reason := availability("triton")) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -62,17 +63,12 @@ def test_a_batch_may_mix_layouts():
 # Nothing outside its bounds
 
 
-def test_a_row_outside_the_table_is_clamped():
-    x0 = make((3, 40), DEVICE, torch.float32)
-    table = torch.linspace(0.1, 0.9, 12, device=DEVICE).reshape(6, 2)
-    keys = noise_keys(0, 3, DEVICE)
-    wild = torch.tensor([-1, 6, 1 << 40], device=DEVICE)
-    tame = torch.tensor([0, 5, 5], device=DEVICE)
-    assert torch.equal(*(run("add_noise", x0, t, table, keys, 0, False)[0] for t in (wild, tame)))
-    args = next(s for s in small("sampler_step", torch.float32) if s.name == "bare").args()
-    rows = (wild, torch.tensor([0, 4, 4], device=DEVICE))  # the table's sixth row only ends it
-    for a, b in zip(*(run("sampler_step", *args[:3], row, *args[4:]) for row in rows), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_a_row_outside_the_table_makes_its_sample_nan(name, dtype):
+    """Called without the op, which knows the rows of a tensor on the CPU."""
+    kernel = getattr(importlib.import_module(f"diffkern.kernels.{name}"), name)
+    check_rows_outside(name, lambda *args: tensors(kernel(*dense(args))), DEVICE, dtype)
 
 
 def test_a_nan_passes_through_the_clip():

@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(kThreads)
   if (sample >= cut.batch) {
     return;
   }
-  const int64_t row = clamp_row(timestep[sample], rows);
-  const float alpha = alpha_sigma[2 * row], sigma = alpha_sigma[2 * row + 1];
+  const int64_t row = timestep[sample];
+  const float alpha = number_of(alpha_sigma, rows, 2, row, 0), sigma = number_of(alpha_sigma, rows, 2, row, 1);
   const int64_t first = sample * cut.n;
   const auto read = [&](int64_t at, int count) {
     Early<kAligned, T, N> x;

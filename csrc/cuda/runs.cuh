@@ -20,9 +20,9 @@ struct Cut {
 // The sample of this program of a sample_grid (launch.h).
 __device__ __forceinline__ int64_t sample_index() { return blockIdx.y + kGridLimit * blockIdx.z; }
 
-// A row of a table of `rows`: never outside, whatever a tensor on the device says.
-__device__ __forceinline__ int64_t clamp_row(int64_t row, int64_t rows) {
-  return row < 0 ? 0 : row >= rows ? rows - 1 : row;
+// A number of a table, `at` of the row of a sample; NaN where there is no such row, whatever a tensor on the device says.
+__device__ __forceinline__ float number_of(const float* table, int64_t rows, int64_t width, int64_t row, int64_t at) {
+  return row >= 0 && row < rows ? table[width * row + at] : __builtin_nanf("");
 }
 
 // Calls body(offset, count) for the runs of this thread, `offset` from the sample's first number, a multiple of N;

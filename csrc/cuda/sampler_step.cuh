@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) sampler_step(const Step<S, T> c) {
   alignas(16) __shared__ float row[kRead];
   if (threadIdx.x < kRead) {
     // The last row only ends the table (its c_in is what the model would see next), so no sample is at it.
-    row[threadIdx.x] = c.table[kWidth * clamp_row(c.row[sample], c.rows - 1) + threadIdx.x];
+    row[threadIdx.x] = number_of(c.table, c.rows - 1, kWidth, c.row[sample], threadIdx.x);
   }
   const float guidance = c.guidance == nullptr ? 0.0f : c.guidance[sample];
   const Key key = c.keys == nullptr ? Key{} : key_of(c.keys, sample);

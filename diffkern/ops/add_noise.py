@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample
+from diffkern.check import batched, integers, rows_known, shaped
+from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample, rows_of
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.randn import Draw, noise_keys, normal
 
@@ -25,13 +26,24 @@ def add_noise(
     """x_t = alpha_t x_0 + sigma_t epsilon, with epsilon = randn(keys, x0.shape[1:], draw).
 
     x0: [B, ...]. timestep: int64 [B], row of alpha_sigma. alpha_sigma: float32 [T, 2]. keys: int64 [B, 2].
-    Returns (x_t, epsilon), both with the shape, dtype and layout of x0; epsilon is empty unless return_noise."""
+    Returns (x_t, epsilon), both with the shape, dtype and layout of x0; epsilon is empty unless return_noise. Raises
+    RuntimeError for a timestep on the CPU that is no row; on a GPU, where only the device knows it, x_t of that sample
+    is NaN."""
     acc, layout = accumulate(x0.dtype), memory_format(x0)
-    alpha, sigma = alpha_sigma.index_select(0, timestep).to(acc).unbind(-1)
+    alpha, sigma = rows_of(alpha_sigma, timestep).to(acc).unbind(-1)
     noise = normal(keys, x0.shape[1:], draw, acc)
     x_t = per_sample(alpha, x0) * x0.to(acc) + per_sample(sigma, x0) * noise
     x_t = x_t.to(x0.dtype).contiguous(memory_format=layout)
     return x_t, noise.to(x0.dtype).contiguous(memory_format=layout) if return_noise else x0.new_empty(0)
+
+
+@add_noise.checks
+def _(x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool) -> None:
+    batch = batched("add_noise", "x0", x0)
+    shaped("add_noise", "alpha_sigma", alpha_sigma, "T", 2)
+    integers("add_noise", "keys", keys, batch, 2)
+    integers("add_noise", "timestep", timestep, batch)
+    rows_known("add_noise", "timestep", timestep, len(alpha_sigma))
 
 
 def _supports(

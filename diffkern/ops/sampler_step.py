@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample
+from diffkern.check import alike, batched, integers, refuse, rows_known, shaped, unfit
+from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample, rows_of
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.randn import noise_keys, normal
 
@@ -53,12 +54,13 @@ def sampler_step(
     are given.
     Returns (x_next, model_input, base_next, h_next) in the layout of x; what is not made has no elements. model_input
     is c_in of the next row times x_next, in the dtype and batch size of model_output: ready for the next model call.
-    The others have the dtype of x. Sums are made in float32 whatever the dtypes."""
+    The others have the dtype of x. Sums are made in float32 whatever the dtypes. Raises RuntimeError for a row on the
+    CPU that is not below R; on a GPU, where only the device knows it, all results of that sample are NaN."""
     if results is None:
         results = _by_default(base, h0)
     state, acc = x.dtype, accumulate(x.dtype)
-    x, m, r = x.to(acc), model_output.to(acc), table.index_select(0, row).to(acc)
-    c_in = table.index_select(0, row + 1)[:, C_IN].to(acc)
+    x, m, r = x.to(acc), model_output.to(acc), rows_of(table[:-1], row).to(acc)
+    c_in = rows_of(table[1:], row)[:, C_IN].to(acc)
     if guidance is not None:
         m_u, m_c = m.chunk(2)
         m = m_u + per_sample(guidance.to(acc), x) * (m_c - m_u)
@@ -96,6 +98,24 @@ def sampler_step(
 def _by_default(base: Tensor | None, h0: Tensor | None) -> int:
     """The results that are made where `results` does not say."""
     return MAKES_NEXT | MAKES_INPUT | (0 if base is None else MAKES_BASE) | (0 if h0 is None else MAKES_HISTORY)
+
+
+@sampler_step.checks
+def _(x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, keys: Tensor | None, guidance: Tensor | None,
+      base: Tensor | None, h0: Tensor | None, h1: Tensor | None, h2: Tensor | None,
+      results: int | None) -> None:  # fmt: skip
+    batch = batched("sampler_step", "x", x)
+    if table.dim() != 2 or table.shape[1] != WIDTH or len(table) < 2:
+        unfit("sampler_step", "table", f"[R + 1, {WIDTH}] with a row and the one after it", table.shape)
+    integers("sampler_step", "row", row, batch)
+    rows_known("sampler_step", "row", row, len(table) - 1)
+    integers("sampler_step", "keys", keys, batch, 2)
+    shaped("sampler_step", "guidance", guidance, batch)
+    for name, t in (("h0", h0), ("h1", h1), ("h2", h2), ("base", base)):
+        alike("sampler_step", name, t, x, batch)
+        if t is not None and t.dtype != x.dtype:
+            refuse("sampler_step", f"{name} has the wrong dtype")
+    alike("sampler_step", "model_output", model_output, x, batch if guidance is None else 2 * batch)
 
 
 def _supports(x: Tensor, model_output: Tensor, table: Tensor, *_: object) -> bool | str:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern.layout import accumulate, fast_dtype, per_sample
+from diffkern.check import alike, integers, refuse, rows_known, shaped, unfit
+from diffkern.layout import accumulate, fast_dtype, per_sample, rows_of
 from diffkern.op import Cost, Sample, for_gpu, op
 
 # The columns of a row; the rest of its 64 bytes is zero.
@@ -40,13 +41,11 @@ def vlb_term(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, times
     learned v: logvar = LOGVAR_MIN + (v + 1) / 2 (LOGVAR_MAX - LOGVAR_MIN) (Nichol & Dhariwal 2021, eq. 15). table:
     float32 [T, 16] with the columns named above, in their order in this file. timestep: int64 [B], rows of the table.
     Returns float32 [B]; float64 for float64 input, whose table may be float64 too. Raises RuntimeError if model_output
-    has another number of channels."""
+    has another number of channels, and for a timestep on the CPU that is no row of the table; on a GPU, where only the
+    device knows it, the term of that sample is NaN."""
     acc, channels = accumulate(x0.dtype), x0.shape[1]
-    if model_output.shape[1] not in (channels, 2 * channels):
-        given = model_output.shape[1]
-        raise RuntimeError(f"vlb_term: model_output must have {channels} or {2 * channels} channels, got {given}")
     m, v = model_output[:, :channels].to(acc), model_output[:, channels:].to(acc)
-    columns = (per_sample(column, x0) for column in table.index_select(0, timestep).to(acc)[:, : BIN + 1].unbind(1))
+    columns = (per_sample(column, x0) for column in rows_of(table, timestep).to(acc)[:, : BIN + 1].unbind(1))
     a, b, clip, c1, k0, var, logvar_min, logvar, width = columns
     if v.shape[1]:
         logvar = logvar_min + (v + 1) / 2 * (logvar - logvar_min)
@@ -56,6 +55,23 @@ def vlb_term(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, times
     is_bin = width > 0
     binned = bin_nll(x0.to(acc), gap, torch.where(is_bin, width, 1.0), torch.exp(-logvar / 2))
     return _sum(torch.where(is_bin, binned, gaussian))
+
+
+@vlb_term.checks
+def _(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, timestep: Tensor) -> None:
+    if x0.dim() < 2:
+        unfit("vlb_term", "x0", "[B, C, ...]", x0.shape)
+    (batch, channels, *pixels), given = x0.shape, model_output.shape
+    if given not in ((batch, channels, *pixels), (batch, 2 * channels, *pixels)):
+        refuse(
+            "vlb_term",
+            f"model_output must have {channels} or {2 * channels} channels and otherwise the shape {list(x0.shape)}, "
+            f"got {list(given)}",
+        )
+    shaped("vlb_term", "table", table, "T", WIDTH)
+    integers("vlb_term", "timestep", timestep, batch)
+    rows_known("vlb_term", "timestep", timestep, len(table))
+    alike("vlb_term", "x_t", x_t, x0, batch)
 
 
 def bin_nll(x0: Tensor, gap: Tensor, width: Tensor, precision: Tensor) -> Tensor:
