@@ -17,14 +17,10 @@ def unfit(op: str, name: str, must: str, got: object) -> NoReturn:
     refuse(op, f"{name} must be {must}, got {list(got) if isinstance(got, torch.Size) else got}")
 
 
-def shaped(op: str, name: str, t: Tensor | None, *shape: int | str, kind: str = "", more: str = "") -> None:
-    """Refuse a tensor of another shape; a word stands for any size. None fits. kind, more: what else the sentence says
-    that it must be, before and after the shape."""
-    if t is None or t.shape == shape:
-        return
-    same = len(t.shape) == len(shape) and all(isinstance(a, str) or a == b for a, b in zip(shape, t.shape, strict=True))
-    if not same:
-        unfit(op, name, f"{kind}[{', '.join(map(str, shape))}]{more}", t.shape)
+def shaped(op: str, name: str, t: Tensor | None, *shape: int) -> None:
+    """Refuse a tensor of another shape. None fits."""
+    if t is not None and t.shape != shape:
+        unfit(op, name, str(list(shape)), t.shape)
 
 
 def at_least(op: str, what: str, number: int, least: int) -> None:
@@ -54,8 +50,10 @@ def batched(op: str, name: str, t: Tensor) -> int:
 
 def alike(op: str, name: str, t: Tensor | None, like: Tensor, batch: int) -> None:
     """Refuse a tensor that has not, but for the batch, the shape of `like`."""
-    if t is not None and not (t.dim() == like.dim() and t.shape[0] == batch and t.shape[1:] == like.shape[1:]):
-        shape = list(like.shape)
+    if t is None or (t.shape == like.shape and like.shape[0] == batch):
+        return
+    shape = list(like.shape)
+    if list(t.shape) != [batch, *shape[1:]]:
         refuse(op, f"{name} must have batch {batch} and otherwise the shape {shape}, got {list(t.shape)}")
 
 

@@ -83,14 +83,15 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(q, k), normalised where there is a weight, rotated where there are angles."""
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    _, tokens, q_heads, width = q.shape
-    if q.numel():
+    _, tokens, _, width = q.shape
+    if q.numel() or k.numel():
         half = power_of_2((width + 1) // 2)
         rows = min(128, max(1, _TILE // (2 * half)))
         counts = (q.numel() // width, k.numel() // width)
+        heads = [max(1, t.shape[2]) for t in (q, k)]  # none has no rows either, but is divided by
         with on_device(q):
             _qk_norm_rope[(cdiv(max(counts), rows), 2)](
-                q, k, q_out, k_out, q_weight, k_weight, cos, sin, eps, *counts, q_heads, k.shape[2], tokens, width,
+                q, k, q_out, k_out, q_weight, k_weight, cos, sin, eps, *counts, *heads, tokens, width,
                 width // 2, ROWS=rows, HALF=half, INTERLEAVED=interleaved or width % 2 == 1, enable_fp_fusion=True,
             )  # fmt: skip
     return q_out, k_out

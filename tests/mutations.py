@@ -72,6 +72,11 @@ def shape(x: Tensor, r: random.Random) -> Tensor:
     return _resized(x, axis, r.choice((*SIZES[:3], x.shape[axis] + 1, max(0, x.shape[axis] - 1), 2 * x.shape[axis])))
 
 
+def others_of(x: Tensor) -> list[Tensor]:
+    """x with one more in each of its axes, without its first axis, and with an axis more."""
+    return [*(_resized(x, axis, x.shape[axis] + 1) for axis in range(x.dim())), x[0], x[None]]
+
+
 def strides(x: Tensor, r: random.Random) -> Tensor:
     """The same values in another place: where a kernel that goes by a pointer would read something else."""
     if not x.dim():

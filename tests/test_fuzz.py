@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from mutations import mutate, rearrange
+from mutations import mutate, others_of, rearrange
 from rows import LOOKUPS, check_rows_outside, wild_calls
 from torch import Tensor
 
@@ -148,8 +148,7 @@ def test_an_answer_or_a_clear_error(op, dtype):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_interpreted_triton_reads_what_fits_together(op):
-    """Triton's launchers trust the shapes that they are given, so these are good ones."""
-    if availability("triton") is not None or torch.cuda.is_available():
+    if not INTERPRETED:
         pytest.skip("needs Triton's interpreter")
     r, small = random.Random(0), sorted(calls(op.name, torch.float32), key=lambda args: sum(sizes(args)))[:8]
     with torch.no_grad():
@@ -160,6 +159,34 @@ def test_interpreted_triton_reads_what_fits_together(op):
                 got = attempt(op, "triton", args)
                 if not isinstance(got, Exception):
                     compare(op, "triton", args, got, plain, exact)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_interpreted_triton_reads_nothing_that_does_not_fit(op):
+    """Its launchers trust every size: the op has asked before. Each tensor in turn has another size or another axis."""
+    if not INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    full = max(
+        calls(op.name, torch.float32), key=lambda args: (min(sizes(args)) > 0, len(sizes(args)), -sum(sizes(args)))
+    )
+    refused = 0
+    with torch.no_grad():
+        for i, a in enumerate(full):
+            if not isinstance(a, Tensor):
+                continue
+            for other in others_of(a):
+                args = (*full[:i], other, *full[i + 1 :])
+                plain, got = (attempt(op, backend, args) for backend in ("reference", "triton"))
+                if isinstance(plain, Exception):
+                    assert str(plain).startswith(f"diffkern::{op.name}: "), plain
+                    assert isinstance(got, BackendError) or str(got) == str(plain)
+                    refused += 1
+                elif not isinstance(got, BackendError):
+                    exact = attempt(op, "reference", widened(args))
+                    assert not isinstance(got, Exception)
+                    assert not isinstance(exact, Exception)
+                    compare(op, "triton", args, got, plain, exact)
+    assert refused > 2 * len(sizes(full)) - 2
 
 
 # What was found, and is mended.
@@ -174,7 +201,7 @@ def normal(*shape: int) -> Tensor:
 def every_backend(op: Op, *args: Any) -> None:
     """The answer of each that takes the call."""
     bound = op.bind(*args)
-    for backend in ("reference", *BACKENDS):
+    for backend in ("reference", *BACKENDS, *INTERPRETED):
         got = attempt(op, backend, bound)
         if isinstance(got, Exception):
             assert "was forced but" in str(got), got
@@ -237,6 +264,13 @@ def test_heads_without_numbers_or_keys():
     q, k = normal(2, 3, 2, 1), normal(2, 0, 2, 1)
     assert OPS["attention"].reference(q, k, k).is_contiguous()
     every_backend(OPS["attention"], q, k, k)
+
+
+@pytest.mark.parametrize("heads", [(0, 2), (2, 0)], ids=str)
+def test_queries_or_keys_alone(heads):
+    """Without queries the Triton kernel gave keys of memory that nobody had written to."""
+    q, k = (normal(2, 3, n, 4) for n in heads)
+    every_backend(OPS["qk_norm_rope"], q, k, normal(4), normal(4), normal(3, 4), normal(3, 4))
 
 
 def test_sizes_that_no_memory_has():

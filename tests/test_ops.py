@@ -91,6 +91,7 @@ def test_op_is_complete(op):
     assert "Returns" in (op.__doc__ or ""), "a docstring says what is returned"
     workloads = [s for s in op.make_samples("cpu", torch.float32) if s.workload]
     assert workloads, "an op needs a realistic workload to be timed on"
+    assert op.check is not type(op).check, "an op says which sizes fit together"
     cost = op.count_cost(*workloads[0].args())
     assert cost.bytes > 0
     assert cost.flops > 0

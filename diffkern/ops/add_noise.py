@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffkern.check import batched, integers, rows_known, shaped
+from diffkern.check import batched, integers, rows_known, unfit
 from diffkern.layout import accumulate, fast_dtype, memory_format, per_sample, rows_of
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.randn import Draw, noise_keys, normal
@@ -40,7 +40,8 @@ def add_noise(
 @add_noise.checks
 def _(x0: Tensor, timestep: Tensor, alpha_sigma: Tensor, keys: Tensor, draw: int, return_noise: bool) -> None:
     batch = batched("add_noise", "x0", x0)
-    shaped("add_noise", "alpha_sigma", alpha_sigma, "T", 2)
+    if alpha_sigma.dim() != 2 or alpha_sigma.shape[1] != 2:
+        unfit("add_noise", "alpha_sigma", "[T, 2]", alpha_sigma.shape)
     integers("add_noise", "keys", keys, batch, 2)
     integers("add_noise", "timestep", timestep, batch)
     rows_known("add_noise", "timestep", timestep, len(alpha_sigma))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import shaped, unfit
 from diffkern.invariant import masked
 from diffkern.layout import accumulate, fast_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
@@ -30,6 +31,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask:
     return (weights @ value).transpose(1, 2).flatten(2).to(q.dtype).contiguous()
 
 
+@attention.checks
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> None:
+    if q.dim() != 4:
+        unfit("attention", "q", "[B, S, H, D]", q.shape)
+    if k.dim() != 4:
+        unfit("attention", "k", "[B, T, H, D]", k.shape)
+    batch, _, heads, width = q.shape
+    for name, t in (("k", k), ("v", v)):
+        shaped("attention", name, t, batch, k.shape[1], heads, width)
+    _everywhere(mask, q, k)
+
+
 def _scale(q: Tensor, scale: float | None) -> float:
     return max(1, q.shape[-1]) ** -0.5 if scale is None else scale
 
@@ -49,7 +62,16 @@ def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _everywhere(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """The mask as a view [B, H, S, T]."""
-    return None if mask is None else mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask is None:
+        return None
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.shape == shape:
+        return mask
+    sizes = zip(reversed(mask.shape), reversed(shape), strict=False)
+    fits = mask.dim() <= 4 and all(size in (1, wanted) for size, wanted in sizes)
+    if not fits:
+        unfit("attention", "mask", f"broadcastable to {list(shape)}", mask.shape)
+    return mask.expand(shape)
 
 
 def _defers(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> str | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffkern import direct, winograd
+from diffkern.check import shaped, unfit
 from diffkern.invariant import apart
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
@@ -78,38 +79,32 @@ def _supports(
     return fast_dtype(x.dtype) if same is True else same
 
 
+@conv2d.checks
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,
 ) -> list[int]:  # fmt: skip
     """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
-
-    def refuse(name: str, must: str, got: object) -> None:
-        raise RuntimeError(f"diffkern::conv2d: {name} must be {must}, got {got}")
-
     if x.dim() != 4:
-        refuse("x", "[B, C, H, W]", list(x.shape))
+        unfit("conv2d", "x", "[B, C, H, W]", x.shape)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
-        refuse("weight", f"[N, {x.shape[1]}, R, S]", list(weight.shape))
+        unfit("conv2d", "weight", f"[N, {x.shape[1]}, R, S]", weight.shape)
     if padding is not None and (len(padding) not in (1, 4) or min(padding) < 0):
-        refuse("padding", "None, one number or four, 0 and above", list(padding))
+        unfit("conv2d", "padding", "None, one number or four, 0 and above", list(padding))
     if stride < 1:
-        refuse("stride", "1 and above", stride)
+        unfit("conv2d", "stride", "1 and above", stride)
     if activation not in ("none", "silu"):
-        refuse("activation", "none or silu", repr(activation))
-    if bias is not None and bias.shape != weight.shape[:1]:
-        refuse("bias", str(list(weight.shape[:1])), list(bias.shape))
+        unfit("conv2d", "activation", "none or silu", repr(activation))
+    shaped("conv2d", "bias", bias, weight.shape[0])
     left, right, top, bottom = _sides(padding, weight)
     height, width = (s * 2 if upsample else s for s in x.shape[2:])
     if height + top + bottom < weight.shape[2] or width + left + right < weight.shape[3]:
-        refuse("x", f"at least as large as the kernel {list(weight.shape[2:])}", list(x.shape))
+        unfit("conv2d", "x", f"at least as large as the kernel {list(weight.shape[2:])}", x.shape)
     shape = [x.shape[0], weight.shape[0]]
-    if add is not None and list(add.shape) != shape:
-        refuse("add", str(shape), list(add.shape))
+    shaped("conv2d", "add", add, *shape)
     shape.append((height + top + bottom - weight.shape[2]) // stride + 1)
     shape.append((width + left + right - weight.shape[3]) // stride + 1)
-    if residual is not None and list(residual.shape) != shape:
-        refuse("residual", str(shape), list(residual.shape))
+    shaped("conv2d", "residual", residual, *shape)
     return shape
 
 
@@ -139,7 +134,6 @@ def _(
 ) -> Tensor:  # fmt: skip
     from diffkern.kernels.conv2d import conv2d as kernel
 
-    _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
     if not x.numel() or not weight.numel():
         return compose(x, weight, bias, stride, padding, add, residual, activation, upsample)
     layout = memory_format(x)

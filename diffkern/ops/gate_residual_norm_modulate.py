@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.check import alike, shaped
 from diffkern.layout import accumulate
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.layer_norm_modulate import (
     SHAPES,
     WORKLOADS,
+    check_norm,
     defers_to_triton,
     gradients,
     layer_norm_modulate,
@@ -42,6 +44,17 @@ def gate_residual_norm_modulate(
     r = x.to(acc) + gate.to(acc)[:, None] * y.to(acc)
     normal = layer_norm_modulate.reference(r, shift, scale, weight, bias, eps)
     return r.to(x.dtype).contiguous(), normal.to(x.dtype)
+
+
+@gate_residual_norm_modulate.checks
+def _(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None,
+    eps: float,
+) -> None:  # fmt: skip
+    op = "gate_residual_norm_modulate"
+    check_norm(op, x, shift, scale, weight, bias)
+    shaped(op, "gate", gate, x.shape[0], x.shape[-1])
+    alike(op, "y", y, x, x.shape[0])
 
 
 class _Gradient(torch.autograd.Function):

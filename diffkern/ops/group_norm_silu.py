@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.layout import accumulate, fast_dtype, memory_format, per_channel
 from diffkern.op import Cost, Sample, for_gpu, op
-from diffkern.ops.group_norm_silu_backward import group_norm_silu_backward
+from diffkern.ops.group_norm_silu_backward import check_group_norm, group_norm_silu_backward
 
 
 @op
@@ -43,6 +43,14 @@ def group_norm_silu(
         y = y * (1 + per_channel(scale.to(acc), x)) + per_channel(shift.to(acc), x)
     y = F.silu(y) if silu else y
     return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+@group_norm_silu.checks
+def _(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+) -> None:  # fmt: skip
+    check_group_norm("group_norm_silu", x, num_groups, weight, bias, add, scale, shift, skip)
 
 
 def supports(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import refuse, shaped, together, unfit
 from diffkern.layout import accumulate, memory_format, per_channel
 from diffkern.op import Cost, Sample, op
 
@@ -71,6 +72,40 @@ def _supports(x: Tensor, grad: Tensor, num_groups: int, *rest: Any) -> bool | st
 @group_norm_silu_backward.backend("cpu", devices=("cpu",), supports=_supports)
 def _(x: Tensor, grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.diffkern_C.group_norm_silu_backward(x, grad, *rest)
+
+
+def check_group_norm(
+    op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, add: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+) -> list[int]:  # fmt: skip
+    """What is asked of the arguments of the norm and of its gradient. Returns the shape of the norm's result."""
+    if x.dim() < 2:
+        unfit(op, "x", "[B, C, ...]", x.shape)
+    batch, channels, *pixels = x.shape
+    if skip is not None:
+        if skip.dim() != x.dim() or skip.shape != (batch, skip.shape[1], *pixels) or skip.dtype != x.dtype:
+            must_be = f"the dtype and, but for the channels, the shape of x, {list(x.shape)}"
+            refuse(op, f"skip must have {must_be}, got {list(skip.shape)}")
+        channels += skip.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        refuse(op, f"num_groups is {num_groups}, allowed are the divisors of the {channels} channels")
+    for name, p in (("weight", weight), ("bias", bias)):
+        shaped(op, name, p, channels)
+    for name, p in (("scale", scale), ("shift", shift), ("add", add)):
+        shaped(op, name, p, batch, channels)
+    together(op, scale=scale, shift=shift)
+    return [batch, channels, *pixels]
+
+
+@group_norm_silu_backward.checks
+def _(
+    x: Tensor, grad: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+) -> None:  # fmt: skip
+    op = "group_norm_silu_backward"
+    shape = check_group_norm(op, x, num_groups, weight, bias, add, scale, shift, skip)
+    if list(grad.shape) != shape:
+        refuse(op, f"grad must have batch {shape[0]} and otherwise the shape {shape}, got {list(grad.shape)}")
 
 
 @group_norm_silu_backward.samples

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import shaped, together, unfit
 from diffkern.layout import accumulate, fast_dtype
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.layer_norm_modulate_backward import layer_norm_modulate_backward
@@ -28,13 +29,33 @@ def layer_norm_modulate(
 
     x: [B, T, C]. shift, scale: [B, C], given together or neither. weight, bias: [C] or None.
     Returns the shape and dtype of x, contiguous. Raises RuntimeError for one of shift and scale."""
-    torch._check((shift is None) == (scale is None), lambda: "give shift and scale together or neither")
     acc = accumulate(x.dtype)
     weight, bias = (None if p is None else p.to(acc) for p in (weight, bias))
     y = F.layer_norm(x.to(acc), x.shape[-1:], weight, bias, eps)
     if shift is not None and scale is not None:
         y = y * (1 + scale.to(acc)[:, None]) + shift.to(acc)[:, None]
     return y.to(x.dtype).contiguous()
+
+
+def check_norm(
+    op: str, x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """What is asked of the norm's arguments, wherever it is a part."""
+    if x.dim() != 3:
+        unfit(op, "x", "contiguous [B, T, C]", x.shape)
+    batch, _, channels = x.shape
+    together(op, shift=shift, scale=scale)
+    for name, p in (("weight", weight), ("bias", bias)):
+        shaped(op, name, p, channels)
+    for name, p in (("shift", shift), ("scale", scale)):
+        shaped(op, name, p, batch, channels)
+
+
+@layer_norm_modulate.checks
+def _(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    check_norm("layer_norm_modulate", x, shift, scale, weight, bias)
 
 
 def gradients(
@@ -113,8 +134,6 @@ def _supports_cuda(x: Tensor, *args: Any) -> bool | str:
 
 
 def _supports_triton(x: Tensor, *args: Any) -> bool | str:
-    if (args[0] is None) != (args[1] is None):
-        return "takes shift and scale together or neither"
     return why_not_on_gpu(x, *args[:-1])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.check import alike, shaped, unfit
 from diffkern.layout import accumulate, fast_dtype
 from diffkern.op import Cost, Sample, op
 
@@ -29,6 +30,17 @@ def layer_norm_modulate_backward(
     d = d if scale is None else d * (1 + scale.to(acc)[:, None])
     grad_x = rstd * (d - d.mean(-1, keepdim=True) - n * (d * n).mean(-1, keepdim=True))
     return grad_x.to(x.dtype).contiguous(), g.sum(1), (g * n).sum(1)
+
+
+@layer_norm_modulate_backward.checks
+def _(grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, eps: float) -> None:
+    op = "layer_norm_modulate_backward"
+    if x.dim() != 3:
+        unfit(op, "x", "contiguous [B, T, C]", x.shape)
+    batch, _, channels = x.shape
+    shaped(op, "weight", weight, channels)
+    shaped(op, "scale", scale, batch, channels)
+    alike(op, "grad", grad, x, batch)
 
 
 def _supports(grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, eps: float) -> bool | str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import shaped, unfit
 from diffkern.invariant import apart, rows
 from diffkern.layout import accumulate, fast_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
@@ -82,29 +83,23 @@ def _supports(
     return fast_dtype(x.dtype) if same is True else same
 
 
+@linear.checks
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> list[int]:
     """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
-
-    def refuse(name: str, must: str, got: object) -> None:
-        raise RuntimeError(f"diffkern::linear: {name} must be {must}, got {got}")
-
     if x.dim() < 2:
-        refuse("x", "[B, ..., K]", list(x.shape))
+        unfit("linear", "x", "[B, ..., K]", x.shape)
     if activation not in ACTIVATIONS:
-        refuse("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        unfit("linear", "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     rows, k = f"{'2 ' * (activation in GATED)}N", x.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != k or (activation in GATED and weight.shape[0] % 2):
-        refuse("weight", f"[{rows}, {k}]", list(weight.shape))
-    if bias is not None and bias.shape != weight.shape[:1]:
-        refuse("bias", str(list(weight.shape[:1])), list(bias.shape))
+        unfit("linear", "weight", f"[{rows}, {k}]", weight.shape)
+    shaped("linear", "bias", bias, weight.shape[0])
     n = weight.shape[0] // (2 if activation in GATED else 1)
     shape = [*x.shape[:-1], n]
-    if residual is not None and list(residual.shape) != shape:
-        refuse("residual", str(shape), list(residual.shape))
-    if gate is not None and gate.shape != (x.shape[0], n):
-        refuse("gate", str([x.shape[0], n]), list(gate.shape))
+    shaped("linear", "residual", residual, *shape)
+    shaped("linear", "gate", gate, x.shape[0], n)
     return shape
 
 
@@ -176,7 +171,6 @@ def _(
 ) -> Tensor:
     from diffkern.kernels.linear import linear as kernel
 
-    _check(x, weight, bias, activation, residual, gate)
     if not x.numel() or not weight.numel():
         return compose(x, weight, bias, activation, residual, gate)
     bias, residual, gate = (None if t is None else t.contiguous() for t in (bias, residual, gate))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import refuse, shaped, together, unfit
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Cost, Sample, op
 
@@ -30,7 +31,6 @@ def qk_norm_rope(
     for no rotation. The pairs are elements (0, 1), (2, 3), ... if interleaved, as in FLUX, else (0, D/2), (1, D/2 + 1),
     ..., as in Stable Audio. Returns (q, k), shapes and dtypes as given, contiguous. Raises RuntimeError for one of
     cos and sin."""
-    torch._check((cos is None) == (sin is None), lambda: "give cos and sin together or neither")
 
     def one(x: Tensor, weight: Tensor | None) -> Tensor:
         acc = accumulate(x.dtype)
@@ -44,6 +44,26 @@ def qk_norm_rope(
         return y.to(x.dtype).contiguous()
 
     return one(q, q_weight), one(k, k_weight)
+
+
+@qk_norm_rope.checks
+def _(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, eps: float,
+) -> None:  # fmt: skip
+    op = "qk_norm_rope"
+    if q.dim() != 4:
+        unfit(op, "q", "contiguous [B, S, H, D]", q.shape)
+    batch, tokens, _, width = q.shape
+    if k.dim() != 4 or k.shape != (batch, tokens, k.shape[2], width):
+        unfit(op, "k", f"contiguous [{batch}, {tokens}, Hk, {width}] in the dtype of q", k.shape)
+    together(op, cos=cos, sin=sin)
+    if cos is not None and width % 2:
+        refuse(op, f"D is {width}, a rotation needs pairs")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        shaped(op, name, angles, tokens, width)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        shaped(op, name, weight, width)
 
 
 def _supports(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import shaped, unfit
 from diffkern.invariant import apart, rows
 from diffkern.layout import accumulate, fast_dtype, joined
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
@@ -45,26 +46,22 @@ def _supports(x: Tensor, *parameters: Tensor | None) -> bool | str:
     return fast_dtype(x.dtype) if same is True else same
 
 
+@query_key_value.checks
 def _check(x: Tensor, *parameters: Tensor | None) -> list[int]:
     """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
-
-    def refuse(name: str, must: str, got: object) -> None:
-        raise RuntimeError(f"diffkern::query_key_value: {name} must be {must}, got {got}")
-
     weights, biases = parameters[:3], parameters[3:]
     if x.dim() < 2:
-        refuse("x", "[B, ..., K]", list(x.shape))
+        unfit("query_key_value", "x", "[B, ..., K]", x.shape)
     first = weights[0]
     assert first is not None
     if first.dim() != 2 or first.shape[1] != x.shape[-1]:
-        refuse("q_weight", f"[N, {x.shape[-1]}]", list(first.shape))
+        unfit("query_key_value", "q_weight", f"[N, {x.shape[-1]}]", first.shape)
     for name, weight, bias in zip("qkv", weights, biases, strict=True):
-        if weight is not None and weight.shape != first.shape:
-            refuse(f"{name}_weight", str(list(first.shape)), list(weight.shape))
-        if bias is not None and bias.shape != first.shape[:1]:
-            refuse(f"{name}_bias", str(list(first.shape[:1])), list(bias.shape))
+        shaped("query_key_value", f"{name}_weight", weight, *first.shape)
+        shaped("query_key_value", f"{name}_bias", bias, first.shape[0])
         if (bias is None) != (biases[0] is None):
-            refuse("a bias", "given to all three or to none", f"none of {name}" if bias is None else f"one of {name}")
+            given = f"none of {name}" if bias is None else f"one of {name}"
+            unfit("query_key_value", "a bias", "given to all three or to none", given)
     return [*x.shape[:-1], 3, first.shape[0]]
 
 
@@ -94,12 +91,11 @@ def _(
 ) -> Tensor:  # fmt: skip
     from diffkern.kernels.linear import linear as kernel
 
-    shape = _check(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
     if not x.numel() or not q_weight.numel():
         return compose(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
     biases = _given(q_bias, k_bias, v_bias)
     weight, bias = joined([q_weight, k_weight, v_weight]), joined(biases) if biases else None
-    return kernel(x.contiguous(), weight, bias, "none", None, None).view(shape)
+    return kernel(x.contiguous(), weight, bias, "none", None, None).unflatten(-1, (3, q_weight.shape[0]))
 
 
 @query_key_value.backend("torch", devices=("cpu", "cuda"), supports=_one_dtype, strided=True)
@@ -110,7 +106,6 @@ def _(
     """PyTorch's kernel in the tensors' own dtype. Joining the weights costs less than joining what they make, and
     nothing where a model has them side by side: a copy that is kept could not tell on a GPU whether a weight has
     changed."""
-    _check(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
     biases = _given(q_bias, k_bias, v_bias)
     return (
         F.linear(x, joined([q_weight, k_weight, v_weight]), joined(biases) if biases else None)

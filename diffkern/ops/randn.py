@@ -13,6 +13,7 @@ from math import pi, prod
 import torch
 from torch import Tensor
 
+from diffkern.check import at_least, integers
 from diffkern.layout import fast_dtype
 from diffkern.op import Cost, Sample, for_gpu, op
 
@@ -90,8 +91,15 @@ def randn(keys: Tensor, shape: list[int], draw: int = 0, dtype: torch.dtype = to
     keys: int64 [B, 2] of (seed, sample id), see `noise_keys`. shape: of one sample. draw: which noise of the sample
     (`Draw` + index). offset: the element of the sample's stream to start at.
     Returns [B, *shape] of dtype, contiguous."""
-    torch._check(offset >= 0, lambda: f"offset is {offset}, allowed are 0 and above")
     return normal(keys, shape, draw, torch.promote_types(dtype, torch.float32), offset).to(dtype).contiguous()
+
+
+@randn.checks
+def _(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> None:
+    integers("randn", "keys", keys, len(keys) if keys.dim() else 0, 2)
+    at_least("randn", "offset is", offset, 0)
+    for size in shape:
+        at_least("randn", "shape has the size", size, 0)
 
 
 def _supports(keys: Tensor, shape: list[int], draw: int, dtype: torch.dtype, offset: int) -> bool | str:

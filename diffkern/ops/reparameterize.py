@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffkern.check import alike, batched, integers
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.randn import Draw, noise_keys, normal, randn
@@ -47,9 +48,16 @@ reparameterize.gradient(_Gradient)
 
 
 def _supports(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> bool | str:
-    if logvar.dtype != mean.dtype or logvar.shape != mean.shape:
-        return "takes mean and logvar of one shape and dtype"
+    if logvar.dtype != mean.dtype:
+        return "takes mean and logvar of one dtype"
     return fast_dtype(mean.dtype)
+
+
+@reparameterize.checks
+def _(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) -> None:
+    batch = batched("reparameterize", "mean", mean)
+    integers("reparameterize", "keys", keys, batch, 2)
+    alike("reparameterize", "logvar", logvar, mean, batch)
 
 
 @reparameterize.backend("cuda", devices=("cuda",), supports=_supports)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import shaped, unfit
 from diffkern.layout import accumulate, fast_dtype, memory_format
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.layer_norm_modulate import SHAPES, WORKLOADS, why_not_on_gpu
@@ -21,6 +22,13 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     acc = accumulate(x.dtype)
     y = F.rms_norm(x.to(acc), x.shape[-1:], None if weight is None else weight.to(acc), eps)
     return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+@rms_norm.checks
+def _(x: Tensor, weight: Tensor | None, eps: float) -> None:
+    if not x.dim():
+        unfit("rms_norm", "x", "contiguous [..., C]", x.shape)
+    shaped("rms_norm", "weight", weight, x.shape[-1])
 
 
 def _supports(x: Tensor, weight: Tensor | None, eps: float) -> bool | str:

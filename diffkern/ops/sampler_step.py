@@ -112,8 +112,10 @@ def _(x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, keys: Tensor 
     integers("sampler_step", "keys", keys, batch, 2)
     shaped("sampler_step", "guidance", guidance, batch)
     for name, t in (("h0", h0), ("h1", h1), ("h2", h2), ("base", base)):
+        if t is None:
+            continue
         alike("sampler_step", name, t, x, batch)
-        if t is not None and t.dtype != x.dtype:
+        if t.dtype != x.dtype:
             refuse("sampler_step", f"{name} has the wrong dtype")
     alike("sampler_step", "model_output", model_output, x, batch if guidance is None else 2 * batch)
 

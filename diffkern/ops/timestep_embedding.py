@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import at_least, refuse, unfit
 from diffkern.layout import accumulate, fast_dtype
 from diffkern.op import Cost, Sample, op
 
@@ -26,6 +27,15 @@ def timestep_embedding(
     angle = timestep.to(acc)[:, None] * torch.exp(-math.log(max_period) * exponent)
     pair = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
     return F.pad(torch.cat(pair, dim=1), (0, dim % 2))
+
+
+@timestep_embedding.checks
+def _(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float, max_period: float) -> None:
+    if timestep.dim() != 1:
+        unfit("timestep_embedding", "timestep", "[B]", timestep.shape)
+    at_least("timestep_embedding", "dim is", dim, 0)
+    if not max_period > 0:
+        refuse("timestep_embedding", f"max_period is {max_period:g}, allowed are numbers above 0")
 
 
 def _supports(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float, max_period: float) -> bool | str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern.check import alike, integers, refuse, rows_known, shaped, unfit
+from diffkern.check import alike, integers, refuse, rows_known, unfit
 from diffkern.layout import accumulate, fast_dtype, per_sample, rows_of
 from diffkern.op import Cost, Sample, for_gpu, op
 
@@ -68,7 +68,8 @@ def _(x0: Tensor, x_t: Tensor, model_output: Tensor, table: Tensor, timestep: Te
             f"model_output must have {channels} or {2 * channels} channels and otherwise the shape {list(x0.shape)}, "
             f"got {list(given)}",
         )
-    shaped("vlb_term", "table", table, "T", WIDTH)
+    if table.dim() != 2 or table.shape[1] != WIDTH:
+        unfit("vlb_term", "table", f"[T, {WIDTH}]", table.shape)
     integers("vlb_term", "timestep", timestep, batch)
     rows_known("vlb_term", "timestep", timestep, len(table))
     alike("vlb_term", "x_t", x_t, x0, batch)
