@@ -223,3 +223,12 @@ def test_other_bad_arguments_are_refused():
         edm(sigma_min=2.0, sigma_max=1.0)
     with pytest.raises(ValueError, match="betas must be"):
         from_betas(torch.tensor([0.0, 0.5]))
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_a_timestep_below_zero_or_past_the_end_is_refused(t):
+    """A negative one was counted from the end."""
+    s, x0, timestep = flow(1000), torch.zeros(3, 2), torch.tensor([0, t, 999])
+    for call in (lambda: s.target(x0, x0, timestep), lambda: s.add_noise(x0, timestep, KEYS)):
+        with pytest.raises(RuntimeError, match=rf"timestep\[1\] is {t}, allowed are 0 to 999$"):
+            call()
