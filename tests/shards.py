@@ -16,22 +16,22 @@ SHARDS = ["shard-00000", "shard-00001", "shard-00002"]
 FORMAT = ("--format", "npz")
 
 
-@pytest.fixture(scope="module", name="folder")
+@pytest.fixture(scope="module", name="tiny_folder")
 def make_folder(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module", name="tiny")
-def load_tiny(folder):
-    return diffkern.load(folder)
+def load_tiny(tiny_folder):
+    return diffkern.load(tiny_folder)
 
 
 @pytest.fixture(name="make")
-def make_make(folder, tmp_path, monkeypatch):
+def make_make(tiny_folder, tmp_path, monkeypatch):
     """Runs `diffkern sample --format npz` on the tiny model in an empty folder, into `out`."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    given = ["--model", folder, "--steps", 2, "-n", N, "--shard-size", SIZE, "--batch-size", 2, "--out", "out"]
+    given = ["--model", tiny_folder, "--steps", 2, "-n", N, "--shard-size", SIZE, "--batch-size", 2, "--out", "out"]
     return lambda *more: main(["sample", *map(str, [*given, *(() if "--format" in more else FORMAT), *more])])
 
 

@@ -136,7 +136,7 @@ CHANGES = {
 }
 
 
-def test_other_settings_are_refused_by_name(make, folder, tmp_path, capsys):
+def test_other_settings_are_refused_by_name(make, tiny_folder, tmp_path, capsys):
     assert make() == 0
     before = contents()
     for args, difference in CHANGES.items():
@@ -144,7 +144,7 @@ def test_other_settings_are_refused_by_name(make, folder, tmp_path, capsys):
             lambda args=args: make(*args), f"out holds a dataset with {difference}: give", capsys, ["out"]
         )
     other = tmp_path / "other"
-    shutil.copytree(folder, other)
+    shutil.copytree(tiny_folder, other)
     model = UNet2D.from_folder(other)
     with torch.no_grad():
         model.conv_in.weight[0, 0, 0, 0] += 1e-6

@@ -27,6 +27,7 @@ from diffkern.likelihood.record import Record
 from diffkern.likelihood.run import METHODS, Settings, identity, run, settings_of
 from diffkern.likelihood.vdm import vdm
 from diffkern.likelihood.vlb import vlb
+from diffkern.models.unet import UNet2D
 
 
 def without_times(value):
@@ -226,3 +227,42 @@ def test_the_bar_ends_where_the_work_does(folder, here, capsys):
     assert "noise, vlb: " in "".join(shown)
     assert shown[-1].startswith("noise, ode: 100%|")
     assert not [line for line in shown if "101%" in line]
+
+
+def test_a_plot_shows_every_set(score, folder):
+    pytest.importorskip("matplotlib")
+    assert score("-n", 2, "--data", "noise", "--data", folder / "pictures", "--plot", "terms.png") == 0
+    with Image.open("terms.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert pixels.shape == (750, 1650, 3)
+    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # matplotlib's first two: a set each
+        drawn = np.abs(pixels - color).max(axis=-1) < 8
+        assert drawn[:, :1000].sum() > 300, "a curve"
+        assert drawn[:, 1200:].sum() > 100, "totals"
+    assert sorted(os.listdir()) == ["likelihood.json", "terms.png"]
+
+
+@pytest.mark.parametrize(("method", "options"), [(vlb, {"terms": 9}), (vdm, {"points": 9}), (vlb, {})])
+def test_the_plot_has_each_term_at_the_timesteps_that_it_was_taken_at(method, options):
+    schedule, asked = schedules.cosine(100), []
+
+    def model(x, time):
+        asked.extend(time.tolist())
+        return x
+
+    n = 20
+    method(model, load_data("noise", (1, 2, 2), n).images, schedule, batch_size=n, **options)
+    count = options.get("terms", options.get("points", 99))
+    taken = torch.tensor(asked, dtype=torch.float64).reshape(-1, n)[-count:]  # a row for each term, the decoder's first
+
+    t, width = plot.timesteps(schedule, method.__name__, count)
+
+    assert width.sum().item() == pytest.approx(99)
+    edges = torch.cat([torch.zeros(1, dtype=torch.float64), width.cumsum(0)])
+    if method is vdm:  # from noise to data
+        edges = 99 - edges
+        low, high = edges[1:] - 0.5, edges[:-1] + 0.5  # between timesteps they interpolate differently
+    else:
+        low, high = edges[:-1].floor() + 1, edges[1:].ceil()
+    assert ((taken >= low[:, None]) & (taken <= high[:, None])).all()
+    assert ((t >= low - 0.5) & (t <= high + 0.5)).all()  # where parts of one timestep lie side by side around it
