@@ -221,7 +221,8 @@ def delta(got: Tensor, want: Tensor) -> float:
 @torch.no_grad()
 def run(model: Any, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """All that a call returns, in one row, float64, on the device of the model."""
-    args, kwargs = moved(MODELS[name][2](), dtype, next(model.parameters()).device)
+    device = next(p.device for p in model.parameters() if not p.is_meta)  # as weights that are offloaded are
+    args, kwargs = moved(MODELS[name][2](), dtype, device)
     # On its way through, a tiny VAE rounds what it encodes to 8 bits, and takes float32 only.
     call = model.decode if name == "tiny VAE" else model
     out = call(*args, **kwargs, return_dict=False)

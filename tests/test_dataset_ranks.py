@@ -28,19 +28,24 @@ from diffkern.ranks import Ranks, SaidByFirst
 
 ROOT = Path(__file__).parent.parent
 
-# A process of a job. The second kills itself, once, in the middle of a shard.
+# A process of a job. In the first start the second one kills itself, once its first shard is almost done; the first one
+# waits behind its own for torchrun to end it, or it would do the whole job alone before torchrun has seen anything.
 RANK = """
-import json, os, signal, sys
+import json, os, pathlib, signal, sys
 from diffkern import cli
 from diffkern.models.unet import UNet2D
-if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+died = pathlib.Path(__file__).with_name("died")
+if not died.exists():
     forward, calls = UNet2D.forward, []
-    def dying(self, *args, **kwargs):
+    def until_one_dies(self, *args, **kwargs):
         calls.append(args)
-        if len(calls) == 4:
+        if os.environ["RANK"] == "1" and len(calls) == 4:
+            died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["RANK"] == "0" and len(calls) == 5:
+            signal.pause()
         return forward(self, *args, **kwargs)
-    UNet2D.forward = dying
+    UNet2D.forward = until_one_dies
 sys.exit(next((code for command in json.loads(sys.argv[1]) if (code := cli.main(command))), 0))
 """
 
