@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from diffkern.bench import cpus
+from diffkern import cli
+from diffkern.bench import cpus, curves_command, end_to_end
+
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 @pytest.fixture(name="cores")
@@ -52,3 +56,23 @@ def test_what_governs_the_clock_is_said_where_it_is_known(cores):
     (cores / "cpu0/cpufreq/scaling_governor").write_text("performance\n")
     assert cpus.facts()["governor"] == "performance"
     assert ("MHz" in cpus.facts()) == ("cpu MHz" in Path("/proc/cpuinfo").read_text())
+
+
+@pytest.mark.parametrize("command", ["curves", "end-to-end"])
+def test_the_kernels_of_all_rivals_and_sizes_are_kept(command, monkeypatch, tmp_path):
+    found = []
+
+    def measure(*_: Any) -> int:
+        found.append(os.environ[KERNELS])
+        return 0
+
+    monkeypatch.setattr(curves_command, "_measure", measure)
+    monkeypatch.setattr(end_to_end, "run", measure)
+    run = ["bench", command, "--quick", "--rivals", "none", "--out", str(tmp_path)]
+    if command == "end-to-end":
+        run += ["--device", "cpu"]
+    monkeypatch.setenv(KERNELS, "7")  # what the user says comes first
+    assert cli.main(run) == 0
+    monkeypatch.delenv(KERNELS)
+    assert cli.main(run) == 0
+    assert found == ["7", "16384"]

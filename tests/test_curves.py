@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import pytest
 from PIL import Image
 from sentences import expect_a_sentence
 
-from diffkern.bench import axes, curves, curves_command, curves_plot, record
+from diffkern.bench import axes, curves, curves_plot, record
 from diffkern.bench.axes import AXES, CURVES
 from diffkern.bench.cliffs import cliffs, exponent, fixed
 from diffkern.bench.compare import compare, load
@@ -24,7 +23,6 @@ from diffkern.bench.rivals import rivals
 from diffkern.cli import main
 from diffkern.op import OPS
 
-KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 SIZES = (16, 32, 64, 96, 127, 128, 129, 192, 255, 256, 257, 384, 512, 1024)
 
 
@@ -143,21 +141,6 @@ def test_a_run_is_recorded_printed_and_drawn(monkeypatch, capsys):
     assert timed is not None
     assert "attention, 3 tokens, float32, torch" in timed.timings
     assert {c.verdict for c in compare(path, path).changes} == {"noise"}
-
-
-def test_the_kernels_of_all_sizes_are_kept(monkeypatch):
-    found = []
-
-    def measure(*_: Any) -> int:
-        found.append(os.environ[KERNELS])
-        return 0
-
-    monkeypatch.setattr(curves_command, "_measure", measure)
-    monkeypatch.setenv(KERNELS, "7")  # what the user says comes first
-    assert run() == 0
-    monkeypatch.delenv(KERNELS)
-    assert run() == 0
-    assert found == ["7", "16384"]
 
 
 def test_a_record_does_not_say_where_its_plot_is(monkeypatch):

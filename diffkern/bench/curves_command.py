@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from diffkern import options
 from diffkern.bench import axes, curves, curves_plot, record
 from diffkern.bench.compare import Timing
-from diffkern.bench.cpus import pinned
+from diffkern.bench.cpus import keep_kernels, pinned
 from diffkern.bench.networks import DTYPES
 from diffkern.bench.rivals import left_out, named, rivals
 from diffkern.columns import aligned
@@ -70,9 +69,7 @@ def _run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before minutes of work
     dtypes = args.dtype or (["float32"] if args.quick else list(DTYPES))
     chosen = [c for c in axes.CURVES if (not args.axis or c.axis in args.axis) and (c.quick or not args.quick)]
-    # oneDNN keeps 1024 compiled kernels, and so many sizes have more: each call would compile its own again, which was
-    # half of the time of one picture of emoji-32. oneDNN asks for the number once, before it keeps the first.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    keep_kernels()
     with pinned(args.threads):
         return _measure(args, [(curve, dtype) for curve in chosen for dtype in dtypes], wanted)
 

@@ -11,7 +11,7 @@ import torch
 
 from diffkern import options
 from diffkern.bench import end_to_end, end_to_end_gpu, networks_gpu, record
-from diffkern.bench.cpus import pinned
+from diffkern.bench.cpus import keep_kernels, pinned
 from diffkern.bench.networks import DTYPES, NETWORKS
 from diffkern.bench.rivals import named, rivals
 from diffkern.schedules import one_of
@@ -85,5 +85,6 @@ def _run(args: argparse.Namespace) -> int:
         args.variants = [name for name in known_forms if not few or name in QUICK_VARIANTS]
     args.variants = [name for name in args.variants if name not in args.refused]
     args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours of work
+    keep_kernels()
     with torch.no_grad(), pinned(torch.get_num_threads()):
         return end_to_end_gpu.run(args) if on_gpu else end_to_end.run(args)
