@@ -221,11 +221,12 @@ import diffkern
 layer = torch.nn.Linear(16, 12)
 with torch.no_grad(), diffkern.use_backend("cpu"):
     diffkern.linear(torch.randn(1, 4, 16), layer.weight, layer.bias)
-def pages():  # that a tensor of 28 MB writes for the first time
+def pages():  # that a call writes for the first time, which has six results of 6 MB at once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(7 << 20)
+    results = [torch.ones(3 << 19) for _ in range(6)]
+    del results
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(pages(), pages())
+print(*(pages() for _ in range(4)))
 """
 
 
@@ -233,5 +234,5 @@ print(pages(), pages())
 def test_freed_memory_is_kept_for_the_next_call():
     """In a process of its own: in this one other tests have freed as much."""
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True)
-    first, second = map(int, done.stdout.split())
-    assert second < first / 10
+    first, *later = map(int, done.stdout.split())
+    assert min(later) < first / 10  # all are 0, unless something small came to lie between two results

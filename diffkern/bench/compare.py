@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkern import files
+from diffkern.bench.record import spread as spread_of
 
 CEILINGS = ("matmul", "copy")
 """Variants of an op that say what the machine can do, and nothing of the op: that which is nearer comes first."""
@@ -152,6 +153,11 @@ def _datasets(results: Any) -> Rows:
         yield (results["model"], f"{row['n']} pictures", "a picture"), row["ms_per_picture"]
 
 
+def _whole(results: Any) -> Rows:
+    milliseconds = [1000 / speed for speed in results["pictures_per_second_by_tenth"]]
+    yield (results["model"], f"a job of {results['whole']} pictures", "a picture"), spread_of(milliseconds)
+
+
 KINDS: dict[str, tuple[str, str, Callable[[Any], Rows]]] = {
     "ops": ("op", "us", _ops),
     "schedulers": ("scheduler", "us", _schedulers),
@@ -160,6 +166,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Any], Rows]]] = {
     "cold_start": ("first picture", "s", _starts),
     "curves": ("curve", "us", _curves),
     "dataset": ("growth", "ms", _datasets),
+    "dataset-whole": ("pictures_per_second_by_tenth", "ms", _whole),
 }
 """Kinds of records, as their files are named: the key that tells one from the others, the unit, and what is in it."""
 
