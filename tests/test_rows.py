@@ -58,6 +58,13 @@ def test_a_mean_beyond_the_spread(mean, dtype):
         agrees(layer_norm, make((1, 6, length), "cpu", dtype) + mean)
 
 
+def test_a_spread_below_the_last_place_of_the_squares():
+    """Of a very long row the squares about zero, summed in float32, round by more than those about the mean are."""
+    x = torch.full((1, 1, 1 << 20), 256.0, dtype=torch.bfloat16)
+    x[..., :4] = 260.0
+    check(OPS["layer_norm_modulate"], "cpu", (x, None, None, None, None, 1e-6))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", CALLS)
 def test_zeros_and_equal_numbers(call, dtype):
