@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from sentences import expect_a_sentence
 from shards import SHARDS, contents
+from signals import InCalls
 
 import diffkern
 from diffkern.models.unet import UNet2D
@@ -133,22 +134,14 @@ def test_a_folder_takes_one_job_at_a_time(make, monkeypatch, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_ends_it_after_the_shard_the_second_at_once(make, monkeypatch, capsys, number, code):
     assert make("--out", "alone") == 0
-    calls = iter(range(1000))
-    forward = UNet2D.forward
-
-    def signalled(self, *args, **kwargs):
-        if next(calls) in signals:
-            os.kill(os.getpid(), number)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(UNet2D, "forward", signalled)
-    signals = {5, 6}  # a shard takes 4 calls, 2 of each of its 2 batches
+    calls = InCalls(monkeypatch, number)
+    calls.choose(5, 6)  # a shard takes 4 calls, 2 of each of its 2 batches
     assert make() == code
     assert capsys.readouterr().err == (
         "diffkern sample: stopping after this shard; again to stop at once\n"
         "diffkern sample: stopped; out keeps 1 of 3 shards: the same command goes on from there\n"
     )
-    calls, signals = iter(range(1000)), {1}
+    calls.choose(1)
     assert make() == code
     assert "stopped; out keeps 2 of 3 shards" in capsys.readouterr().err
     assert sorted(contents()) == sorted(["manifest.json", *(f"{s}.{e}" for s in SHARDS[:2] for e in ("json", "npz"))])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from likelihood_runs import T, arguments, read
 from PIL import Image
+from signals import InCalls
 
 import diffkern
 from diffkern import schedules
@@ -27,7 +28,6 @@ from diffkern.likelihood.record import Record
 from diffkern.likelihood.run import METHODS, Settings, identity, run, settings_of
 from diffkern.likelihood.vdm import vdm
 from diffkern.likelihood.vlb import vlb
-from diffkern.models.unet import UNet2D
 
 
 def without_times(value):
@@ -160,26 +160,18 @@ def test_ctrl_c_and_a_lost_store_say_what_is_kept(score, monkeypatch, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_ends_it_after_a_few_pictures_the_second_at_once(score, monkeypatch, capsys, number, code):
     assert score("--method", "vlb", "--out", "whole.json") == 0
-    calls = iter(range(1000))
-    forward = UNet2D.forward
-
-    def signalled(self, *args, **kwargs):
-        if next(calls) in signals:
-            os.kill(os.getpid(), number)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(UNet2D, "forward", signalled)
-    signals = {8}  # a picture takes 7 calls: 11 transitions and 2 draws of the reconstruction, 2 at a time
+    calls = InCalls(monkeypatch, number)
+    calls.choose(8)  # a picture takes 7 calls: 11 transitions and 2 draws of the reconstruction, 2 at a time
     assert score("--method", "vlb") == code
     assert capsys.readouterr().err == (
         "diffkern likelihood: stopping after these pictures; again to stop at once\n"
         "diffkern likelihood: stopped; what is done is kept in likelihood.json: the same command goes on from there\n"
     )
     assert read()["results"][0]["scored"] == 2
-    calls, signals = iter(range(1000)), {9, 10}
+    calls.choose(9, 10)
     assert score("--method", "vlb") == code
     assert read()["results"][0]["scored"] == 3
-    assert next(calls) == 11, "the second one does not wait for the picture's end"
+    assert calls.count == 11, "the second one does not wait for the picture's end"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert score("--method", "vlb") == 0
     assert without_times(read()) == without_times(read("whole.json"))
