@@ -96,6 +96,10 @@ def _panel(axes: Any, drawn: Sequence[Line], colors: dict[str, str]) -> None:
     first = drawn[0]
     for line in drawn:
         _line(axes, line, colors[line.variant])
+    # The sizes of all cliffs once, at the top: beside their rings those of two lines would lie upon each other.
+    for sizes in _beside(sorted({size for line in drawn if line.costs for size in line.cliffs})):
+        place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "zorder": 5}
+        axes.text(sizes[0], 0.98, ", ".join(map(str, sizes)), fontsize=8, color="crimson", **place)
     _scale(axes.xaxis, 2, (1.0,))
     _scale(axes.yaxis, 10, (1.0, 2.0, 5.0))
     axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
@@ -130,18 +134,15 @@ def _scale(axis: Any, base: int, subs: Sequence[float]) -> None:
 
 
 def _line(axes: Any, line: Line, color: str) -> None:
-    """The median in a band of its noise, and a ring around each cliff, with its size."""
+    """The median in a band of its noise, and a ring around each cliff."""
     if not line.costs:
         return
     sizes, (median, p20, p80) = list(line.costs), zip(*line.costs.values(), strict=True)
     look: dict[str, Any] = {"color": color, "zorder": 3 if line.variant == OURS else 2}
     axes.plot(sizes, median, STYLES[line.dtype], marker=".", markersize=4, linewidth=1.4, **look)
     axes.fill_between(sizes, p20, p80, alpha=0.15, linewidth=0, **look)
-    for sizes in _beside(line.cliffs):
-        axes.plot(sizes, [line.costs[size][0] for size in sizes], zorder=4, **CLIFF)
-        at = (sizes[0], max(line.costs[size][0] for size in sizes))
-        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "zorder": 5}
-        axes.annotate(", ".join(map(str, sizes)), at, (0, 6), fontsize=8, color="crimson", **place)
+    if line.cliffs:
+        axes.plot(line.cliffs, [line.costs[size][0] for size in line.cliffs], zorder=4, **CLIFF)
 
 
 def _beside(sizes: Iterable[int]) -> list[list[int]]:
