@@ -38,6 +38,7 @@ import torch.distributed as dist
 
 from diffkern import claims, cli, files, ranks
 from diffkern.bench import record
+from diffkern.options import at_least
 
 N = 46  # samples of a job
 LEASE = 1.0  # seconds
@@ -145,6 +146,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a record, such as docs/kills.json")
     options = parser.parse_args()
+    try:
+        at_least(1, kills=options.kills, processes=min(options.processes, default=1))
+        at_least(0, hosts=options.hosts)
+        if options.out is not None:
+            files.check_writable(options.out)  # known before minutes of work
+    except ValueError as e:
+        parser.error(str(e))
     machine = record.machine()  # now: whoever edits the sources meanwhile changes nothing of what runs
     chance = random.Random(options.seed)
     command = ["sample", "--model", options.model, "--steps", "2", "-n", str(N), "--shard-size", "4",
@@ -161,7 +169,10 @@ def main() -> int:
         for _ in range(2):  # the first builds the native library if need be
             shutil.rmtree(whole, ignore_errors=True)
             begun = time.monotonic()
-            Job([*command, "--out", str(whole)], log, 1, 0).until(begun + 600)
+            try:
+                Job([*command, "--out", str(whole)], log, 1, 0).until(begun + 600)
+            except RuntimeError as e:
+                parser.error(f"a job that nobody kills fails: {str(e).splitlines()[-1]}")
             alone = time.monotonic() - begun
         expected = contents(whole)
         for processes in options.processes:
