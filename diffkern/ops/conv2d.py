@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern import direct, winograd
+from diffkern import direct, taps, winograd
 from diffkern.check import shaped, unfit
 from diffkern.invariant import apart
 from diffkern.layout import accumulate, fast_dtype, memory_format
@@ -118,7 +118,10 @@ def _(
         return compose(x, weight, bias, stride, padding, add, residual, activation, upsample)
     sides = _sides(padding, weight)
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    if pixels := winograd.tile(weight, stride, sides, upsample, (shape[2], shape[3]), x.dtype):
+    if taps.pay(weight, stride, upsample, x.dtype):
+        images = x.contiguous(memory_format=torch.channels_last)
+        y = taps.convolve(images, weight, bias, sides, add, residual, activation == "silu")
+    elif pixels := winograd.tile(weight, stride, sides, upsample, (shape[2], shape[3]), x.dtype):
         images = x.contiguous(memory_format=torch.channels_last)
         y = winograd.convolve(images, weight, bias, sides, add, residual, activation == "silu", upsample, pixels)
     else:
@@ -162,7 +165,9 @@ def _(
 ) -> Tensor:  # fmt: skip
     if run.name == "cpu":
         _, _, *size = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
-        if winograd.tile(weight, stride, _sides(padding, weight), upsample, (size[0], size[1]), x.dtype):
+        if taps.pay(weight, stride, upsample, x.dtype) or winograd.tile(
+            weight, stride, _sides(padding, weight), upsample, (size[0], size[1]), x.dtype
+        ):
             return run(x, weight, bias, stride, padding, add, residual, activation, upsample)  # our own kernel
     return apart(lambda x, a, r: run(x, weight, bias, stride, padding, a, r, activation, upsample), x, add, residual)
 
@@ -194,7 +199,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     everything = "bias add residual"
     for layout in ("channels_last", "contiguous", "strided"):
         yield sample(f"a ResNet block, {layout}", (2, 8, 6, 6), 16, layout=layout)
-        yield sample(f"odd, {layout}", (3, 5, 7, 9), 3, extras=everything, activation="silu", layout=layout)
+        yield sample(f"odd, {layout}", (3, 5, 7, 9), 7, extras=everything, activation="silu", layout=layout)
         yield sample(f"upsample, {layout}", (2, 6, 4, 3), 5, upsample=True, layout=layout)
     yield sample("residual", (3, 8, 5, 5), 8, extras="bias residual")
     yield sample("add", (3, 8, 5, 5), 8, extras="add")
@@ -209,7 +214,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     for layout in ("channels_last", "contiguous", "strided"):
         yield sample(f"Winograd, {layout}", (2, 70, 9, 6), 37, extras=everything, activation="silu", layout=layout)
     yield sample("Winograd, small pictures", (7, 32, 4, 4), 40, extras="bias residual")
-    yield sample("Winograd, few results", (2, 33, 5, 7), 3)
+    yield sample("Winograd, few results", (2, 33, 5, 7), 5)
     yield sample("Winograd, one side padded", (2, 32, 5, 6), 18, padding=[0, 1, 2, 0], extras="add")
     yield sample("Winograd, many blocks and panels", (3, 66, 16, 13), 161)
     # A last panel of one vector: with one number in it, all but full, full; channels one beyond vectors or a block.
@@ -224,12 +229,21 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("Winograd, 4 x 4, one side padded", (2, 32, 9, 10), 18, padding=[0, 1, 2, 0], extras="add")
     yield sample("Winograd, 4 x 4, many blocks and panels", (3, 66, 16, 33), 161)
     yield sample("Winograd, upsample", (2, 34, 4, 5), 35, extras=everything, activation="silu", upsample=True)
+    # Nine taps of up to four results side by side: channels beyond a pair and beyond a block, pixels that registers do
+    # not divide, and padding that no line of the picture is behind.
+    for n, layout in ((1, "channels_last"), (2, "contiguous"), (3, "strided"), (4, "channels_last")):
+        name, shape = f"few results, {n}, {layout}", (3, 29 + n, 6, 13 + n)
+        yield sample(name, shape, n, extras=everything, activation="silu", layout=layout)
+    yield sample("few results, many channels", (2, 131, 5, 4), 3)
+    yield sample("few results, padding of some sides", (2, 6, 4, 5), 4, padding=[0, 4, 3, 1], extras="bias add")
+    yield sample("few results, no padding", (2, 7, 3, 4), 2, padding=[0], extras="residual")
     yield sample("no sample", (0, 3, 5, 5), 4, extras=everything)
     yield sample("CIFAR UNet 16x16", (8, 256, 16, 16), 256, extras="bias residual", workload=True)
     yield sample("CIFAR UNet down 32x32", (8, 128, 32, 32), 128, stride=2, padding=[0, 1, 0, 1], workload=True)
     yield sample("CIFAR UNet up 8x8", (8, 256, 8, 8), 256, upsample=True, workload=True)
     yield sample("CIFAR UNet shortcut 8x8", (8, 512, 8, 8), 256, 1, workload=True)
     yield sample("SD 1.5 VAE up 64x64", (1, 512, 64, 64), 512, upsample=True, workload=True)
+    yield sample("CIFAR UNet out 32x32", (8, 128, 32, 32), 3, workload=True)
     yield sample("emoji UNet 16x16", (36, 64, 16, 16), 64, extras="bias residual", workload=True)
     for name, shape, n, extras in (
         ("SD 1.5 UNet 64x64", (2, 320, 64, 64), 320, "bias add"),
