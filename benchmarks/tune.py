@@ -4,13 +4,15 @@
     python benchmarks/tune.py --op attention --seconds 60 --out sm_90.json
 
 A kernel that is tuned says in `tuning(*args, arch)` what its table tells calls apart by, and which shapes are worth a
-try. Many processes compile them all; then one, alone on the device, checks each against the oracle and times it and
-PyTorch's own in turn, on the op's workloads. A kernel that reads where it must not ends its process and nothing else.
+try, those of a twin in CUDA among them. Many processes compile them all; then one, alone on the device, checks each
+against the oracle and times it and PyTorch's own in turn, on the op's workloads. A kernel that reads where it must not
+ends its process and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -55,8 +57,12 @@ def plan(name: str, arch: int) -> dict[str, tuple[str, list[configs.Shape]]]:
 
 def run_in(name: str, shape: configs.Shape, call: Callable[[], Any]) -> Any:
     """The call, with one op's kernel in this shape; others that it calls have theirs."""
-    with configs.trying(lambda kernel, key: shape if kernel == name else None), use_backend("triton"):
+    with configs.trying(lambda kernel, key: shape if kernel == name else None), use_backend(backend_of(shape)):
         return call()
+
+
+def backend_of(shape: configs.Shape) -> str:
+    return "cuda" if configs.CUDA in shape else "triton"
 
 
 class Child:
@@ -75,7 +81,7 @@ class Child:
         right = {}
         for shape in shapes:
             try:
-                run_in(name, shape, lambda: check(OPS[name], "triton", args))
+                run_in(name, shape, functools.partial(check, OPS[name], backend_of(shape), args))
                 right[str(shape)] = shape
             except (AssertionError, RuntimeError) as error:
                 if "CUDA error" in str(error):
@@ -186,18 +192,29 @@ def main() -> None:
 
 
 def best(answer: dict[str, Any], shapes: list[configs.Shape]) -> tuple[str, dict[str, Any] | None]:
-    """A line to print, and the entry for a table: the fastest shape, if anything was timed."""
+    """A line to print, and the entry for a table: the fastest shape of each of the two kernels, if one of Triton's was
+    timed."""
     times = sorted((us, text) for text, us in answer.items() if isinstance(us, float) and text != "torch")
     if not times or "torch" not in answer:
         return f"nothing was timed: {next(iter(answer.values()), 'no time was left')}", None
     by_text = {str(shape): shape for shape in shapes}
     own = answer["torch"]
     names = {text: "-".join(map(str, shape.values())) or "library" for text, shape in by_text.items()}
+    names |= {text: f"CUDA-{names[text]}" for text, shape in by_text.items() if backend_of(shape) == "cuda"}
     ranking = "   ".join(f"{us:.2f} {names[text]}" for us, text in times[:4])
     wrong = [f"{text}: {why}" for text, why in answer.items() if isinstance(why, str)]
     line = f"torch {own:8.2f} us   {own / times[0][0]:.2f}x   {ranking}" + "".join(f"\n    {w}" for w in wrong)
-    us, text = times[0]
-    return line, {"shape": by_text[text], "us": float(f"{us:.4g}"), "torch_us": float(f"{own:.4g}")}
+    fastest: dict[str, tuple[float, configs.Shape]] = {}
+    for us, text in times:
+        fastest.setdefault(backend_of(by_text[text]), (float(f"{us:.4g}"), by_text[text]))
+    if "triton" not in fastest:
+        return line, None
+    us, shape = fastest["triton"]
+    entry: dict[str, Any] = {"shape": shape, "us": us, "torch_us": float(f"{own:.4g}")}
+    if "cuda" in fastest:
+        us, shape = fastest["cuda"]
+        entry |= {"cuda_us": us, "cuda_queries": shape[configs.CUDA]}
+    return line, entry
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .common import power_of_2
+from .configs import power_of_2
+
+# Numbers a head, of CUDA's kernel and of its blocks of 128 queries: csrc/cuda/attention.cu knows both too.
+WIDEST_OF_CUDA, WIDEST_OF_128 = 160, 80
 
 
 class Cut(NamedTuple):
@@ -101,13 +104,26 @@ def candidates(dim: int, queries: int, keys: int, size: int, masked: int, arch: 
                                 yield Cut(block, wide, 1, blocks, warps, 3)
 
 
+def cuda_blocks(dim: int, queries: int, keys: int, size: int, masked: int) -> list[int]:
+    """How many queries a block of CUDA's kernel may have, first what serves where nothing was measured; none, if it
+    cannot take such a call. 128 use what is read of the keys twice as often, where there is enough work for them and
+    room for their sums."""
+    if size != 2 or masked or dim % 8 or dim > WIDEST_OF_CUDA:
+        return []
+    if dim > WIDEST_OF_128 or queries <= 64:
+        return [64]
+    return [128, 64] if queries > 512 else [64, 128]
+
+
 def tuning(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, arch: int
 ) -> tuple[str, list[configs.Shape]]:
-    """For the op's arguments: the entry of the table that is theirs, and the shapes to try for it."""
+    """For the op's arguments: the entry of the table that is theirs, and the shapes to try for it. One in CUDA has only
+    the queries of its blocks, by that name."""
     call = call_of(q, k.shape[1], mask)
     library: list[configs.Shape] = [{}] if by_products(*call) else []
-    return facts(*call), library + [cut._asdict() for cut in candidates(*call, arch)]
+    in_cuda = [{configs.CUDA: block} for block in cuda_blocks(*call)]
+    return facts(*call), library + in_cuda + [cut._asdict() for cut in candidates(*call, arch)]
 
 
 @functools.lru_cache(1024)
@@ -130,3 +146,14 @@ def cut_of(q: Tensor, keys: int, mask: Tensor | None, aligned: bool, arch: int) 
     if shape is None and not by_products(*call):
         return default_cut(*call, aligned, arch)
     return Cut(**shape) if shape else None
+
+
+def cuda_block(q: Tensor, keys: int) -> int:
+    """Queries of a block of CUDA's kernel: of the shape on trial, else what was measured as fastest, else the default.
+    By the shape of a sample alone."""
+    call = call_of(q, keys, None)
+    shape = configs.on_trial("attention", lambda: facts(*call))
+    if shape is not None:
+        return shape[configs.CUDA]
+    found = _found(call, configs.architecture(q.device))
+    return found.cuda_queries if found is not None and found.cuda_queries else cuda_blocks(*call)[0]

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .configs import power_of_2
+
 NORMALS = tl.constexpr(4)  # that one Philox counter gives
 _GRID_LIMIT = tl.constexpr(65535)  # of CUDA's second and third grid axis
 
@@ -20,11 +22,6 @@ on_device = torch.cuda.device_of  # a launch goes to the current device, which n
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. For launchers: Triton's own, which kernels also call, takes as long as half a launch there."""
     return -(-a // b)
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def grid(batch: int, chunks: int) -> tuple[int, int, int]:

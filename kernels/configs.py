@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +24,19 @@ _SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}  # KB that a
 Shape = dict[str, int]
 """A kernel's compile-time shape by name, with num_warps and num_stages."""
 
+CUDA = "CUDA"
+"""What the shape of a kernel in CUDA has, and no other: its block."""
+
 
 class Tuned(NamedTuple):
-    """An entry: the fastest shape, and the microseconds that it and PyTorch's own took where it was measured."""
+    """An entry: the fastest shape, and the microseconds that it and PyTorch's own took where it was measured. Where the
+    op has a kernel in CUDA too: those of its fastest block, and how many queries that has."""
 
     shape: Shape
     us: float
     torch_us: float
+    cuda_us: float = math.inf
+    cuda_queries: int = 0
 
 
 _trial: contextvars.ContextVar[Callable[[str, str], Shape | None] | None] = contextvars.ContextVar(
@@ -51,9 +58,14 @@ def shared_memory(arch: int) -> int:
     return _SHARED.get(arch, 99) * 1024
 
 
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def bucket(length: int) -> int:
-    """The length that stands for this one in a table: the next power of two."""
-    return min(_LONGEST, 1 << max(4, (length - 1).bit_length()))
+    """The length that stands for this one in a table: the next power of two, at least 16."""
+    return min(_LONGEST, max(16, power_of_2(length)))
 
 
 def key(**facts: int) -> str:

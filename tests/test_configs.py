@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import diffkern.kernels
@@ -68,6 +69,45 @@ def test_attention_is_left_to_pytorch_unless_it_was_measured_as_faster(times, ch
         kernels._found.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("us", "torch_us", "cuda", "chosen"),
+    [
+        (9.0, 10.0, {"cuda_us": 8.9, "cuda_queries": 64}, True),
+        (9.0, 10.0, {"cuda_us": 9.0, "cuda_queries": 128}, False),
+        (9.0, 7.0, {"cuda_us": 8.0, "cuda_queries": 64}, False),
+        (9.0, 10.0, {}, False),
+        (None, None, {}, False),
+    ],
+)
+def test_attention_in_cuda_is_chosen_only_where_it_was_measured_as_fastest(us, torch_us, cuda, chosen, monkeypatch):
+    from diffkern.kernels import attention_cuts as kernels
+
+    key = "bytes 2, dim 40, queries 128, keys 128, masked 0"
+    entry = {"shape": SHAPE, "us": us, "torch_us": torch_us} | cuda
+    monkeypatch.setattr(configs, "_table", lambda arch: {"attention": {key: entry}} if us else {})
+    q, k, v = (make((1, n, 2, 40), "cpu", torch.float16) for n in (100, 77, 77))
+    cuda_kernel = next(b for b in OPS["attention"].backends if b.name == "cuda")
+    kernels._found.cache_clear()
+    try:
+        assert (cuda_kernel.why_defer((q, k, v, None, None)) is None) is chosen
+        assert cuda_kernel.why_defer((q[:, :10], k, v, None, None)) is not None, "another length"
+        assert kernels.cuda_block(q, 77) == cuda.get("cuda_queries", 64), "measured, or the default"
+        with configs.trying(lambda kernel, key: {configs.CUDA: 96}):
+            assert kernels.cuda_block(q, 77) == 96, "on trial"
+    finally:
+        kernels._found.cache_clear()
+
+
+def test_blocks_of_cuda():
+    from diffkern.kernels.attention_cuts import cuda_blocks
+
+    assert cuda_blocks(72, 256, 256, 2, 0) == [64, 128]
+    assert cuda_blocks(80, 1024, 77, 2, 0) == [128, 64]
+    assert cuda_blocks(88, 1024, 77, 2, 0) == cuda_blocks(160, 4096, 4096, 2, 0) == cuda_blocks(40, 64, 9, 2, 0) == [64]
+    for cannot in ((168, 64, 64, 2, 0), (44, 64, 64, 2, 0), (40, 64, 64, 4, 0), (40, 64, 64, 2, 1)):
+        assert cuda_blocks(*cannot) == []
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("dim", "tokens", "keys", "dtype", "chosen"),
@@ -104,6 +144,7 @@ def test_every_table_is_whole(path):
     for key, entry in table["kernels"].get("attention", {}).items():
         found = configs.Tuned(**entry)
         assert found.us > 0 < found.torch_us
+        assert (found.cuda_queries in (64, 128)) is (found.cuda_us < math.inf)
         if not found.shape:  # a library's
             continue
         cut = Cut(**found.shape)

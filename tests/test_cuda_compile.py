@@ -21,9 +21,11 @@ READ = ("sm_80", "sm_90a")  # whose machine code is read
 # For the others it only has to compile: from the code of an older one, since parsing takes longer than all the rest.
 ALSO = {"compute_80": ("sm_86", "sm_89"), "compute_90": ("sm_100", "sm_120")}
 REGISTERS, SHARED = 128, 48 * 1024
+TENSOR_CORES = {"attention": 255}  # registers: products wait for the tensor cores, not for other programs
 NO_TENSOR_READ = {"randn"}
 NO_TENSOR_WRITTEN = {"group_moments"}
 # Instructions of a turn of the loop, over the eight normals that a thread makes in it: torch's noise alone takes 129.
+PER_PRODUCT = 10  # instructions of the loop for a product of tiles, the softmax of its scores among them
 PER_NORMAL = {"randn<Half, true>": 21, "randn<BFloat16, true>": 21, "randn<float, true>": 21}
 
 try:
@@ -128,7 +130,8 @@ def failures(compiled: list[dict[str, Any]], wrong: Callable[[dict[str, Any]], s
 
 def test_every_kernel_stays_in_registers_and_in_float32(compiled):
     def wrong(k: dict[str, Any]) -> str:
-        said = [f"{k[key]} {key}" for key, limit in (("registers", REGISTERS), ("shared", SHARED)) if k[key] > limit]
+        registers = TENSOR_CORES.get(k["title"].split("<")[0], REGISTERS)
+        said = [f"{k[key]} {key}" for key, limit in (("registers", registers), ("shared", SHARED)) if k[key] > limit]
         said += [op for op in k["code"] if re.match(r"(LDL|STL)\b|D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]
         return ", ".join(said[:5])
 
@@ -139,7 +142,7 @@ def test_every_kernel_stays_in_registers_and_in_float32(compiled):
 def test_every_kernel_has_a_form_that_moves_sixteen_bytes_at_a_time(compiled):
     wide: dict[str, bool] = {}
     for k in (k for k in compiled if k["arch"] in READ):
-        reads = any(re.match(r"LDG\.E\b.*\.128\b", op) for op in k["code"])
+        reads = any(re.match(r"LDG(STS)?\.E\b.*\.128\b", op) for op in k["code"])
         writes = any(re.match(r"STG\.E\b.*\.128\b", op) for op in k["code"])
         name = k["title"].split("<")[0]
         form = f"{name} {re.findall(r'float|Half|BFloat16', k['title'])} {k['arch']}"
@@ -147,6 +150,28 @@ def test_every_kernel_has_a_form_that_moves_sixteen_bytes_at_a_time(compiled):
             (reads or name in NO_TENSOR_READ) and (writes or name in NO_TENSOR_WRITTEN)
         )
     assert not [form for form, is_wide in wide.items() if not is_wide]
+
+
+def test_products_are_those_of_the_tensor_cores(compiled):
+    """In 16 bits with sums in float32, out of shared memory by fragments, which copies fill that are not waited for."""
+    wanted = {
+        "HMMA": r"HMMA\.16816\.F32(\.BF16)?$",
+        "LDSM of keys": r"LDSM\.16\.M88\.4$",
+        "LDSM of values": r"LDSM\.16\.MT88\.4$",
+        "LDGSTS": r"LDGSTS\.E\.BYPASS\.128$",
+    }
+
+    def wrong(k: dict[str, Any]) -> str:
+        if k["title"].split("<")[0] not in TENSOR_CORES:
+            return ""
+        missing = [name for name, pattern in wanted.items() if not any(re.match(pattern, op) for op in k["code"])]
+        products = sum(op.startswith("HMMA") for op in k["code"]) // 2  # the loop's, without those of the last keys
+        if k["loop"] > PER_PRODUCT * products:
+            missing.append(f"{k['loop'] / products:.1f} instructions a product")
+        return ", ".join(missing)
+
+    assert not failures(compiled, wrong)
+    assert {k["title"].split("<")[0] for k in compiled} >= TENSOR_CORES.keys()
 
 
 def test_a_normal_costs_few_instructions(compiled):

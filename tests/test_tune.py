@@ -20,6 +20,7 @@ import tune
 pytestmark = pytest.mark.skipif(availability("triton") is not None, reason="needs Triton")
 
 FAST = {"QUERIES": 64, "KEYS": 64, "PARTS": 1, "BLOCKS": 0, "num_warps": 4, "num_stages": 2}
+IN_CUDA = {"CUDA": 128}
 SLOW, CRASHES = FAST | {"KEYS": 32}, FAST | {"KEYS": 128}
 
 
@@ -30,6 +31,8 @@ def test_every_workload_has_an_entry_and_shapes_to_try():
     sample, shapes = found["bytes 2, dim 80, queries 1024, keys 128, masked 0"]
     assert sample == "SD 1.5 32x32, text"
     assert FAST in shapes
+    assert IN_CUDA in shapes
+    assert not any("CUDA" in shape for shape in found["bytes 2, dim 72, queries 1024, keys 128, masked 1"][1])
 
 
 def test_what_does_not_compile_or_spills_is_left_out(monkeypatch, capsys):
@@ -64,6 +67,15 @@ def test_a_shape_that_ends_its_process_costs_itself_alone(monkeypatch):
     assert "2.50x" in line
     assert "illegal memory access" in line
     assert tune.best({"torch": 5.0}, [FAST])[1] is None
+
+
+def test_the_table_keeps_the_fastest_of_triton_and_of_cuda():
+    """So that one serves where the other cannot be built."""
+    answer = {"torch": 5.0, str(FAST): 3.0, str(SLOW): 4.0, str(IN_CUDA): 2.0, str({"CUDA": 64}): 2.5}
+    line, entry = tune.best(answer, [FAST, SLOW, IN_CUDA, {"CUDA": 64}])
+    assert entry == {"shape": FAST, "us": 3.0, "torch_us": 5.0, "cuda_us": 2.0, "cuda_queries": 128}
+    assert line.startswith("torch     5.00 us   2.50x   2.00 CUDA-128   2.50 CUDA-64   3.00 64-64")
+    assert tune.best({"torch": 5.0, str(IN_CUDA): 2.0}, [IN_CUDA])[1] is None
 
 
 def test_a_shape_is_checked_before_it_is_timed(monkeypatch):

@@ -54,6 +54,11 @@ class Launch {
   template <class... Parameters, class... Arguments>
   void start(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
              Arguments... arguments) const {
+    constexpr int kUnasked = 48 << 10;  // bytes that every kernel can have
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > kUnasked) {  // at every launch: each device must be asked
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -64,7 +69,9 @@ class Launch {
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error == cudaSuccess) {
+      error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    }
     check(error == cudaSuccess, op_, ": the launch failed: ", cudaGetErrorString(error));
   }
 

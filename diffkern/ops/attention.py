@@ -90,6 +90,46 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None)
     return torch.ops.diffkern_C.attention(*_rows(q, k, v), _scale(q, scale), _everywhere(mask, q, k))
 
 
+def _supports_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> bool | str:
+    from diffkern.kernels.attention_cuts import WIDEST_OF_CUDA
+
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return "takes float16 and bfloat16"
+    if mask is not None:
+        return "takes no mask"
+    if q.shape[-1] % 8 or q.shape[-1] > WIDEST_OF_CUDA:
+        return f"takes heads of a multiple of 8 numbers, at most {WIDEST_OF_CUDA}"
+    return _supports(q, k, v, scale, mask)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """The tensor, with the numbers of a head side by side and heads that begin on 16 bytes; else a copy that is so."""
+    apart = (stride for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1)
+    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(stride % 8 for stride in apart):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _defers_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> str | None:
+    """Until it has been timed on a GPU and a table says that it was the fastest, it is not chosen."""
+    from diffkern.kernels.attention_cuts import measured
+
+    found = measured(q, k.shape[1], mask)
+    if found is None or not found.cuda_queries:
+        return "it was not timed on such a GPU with such a call"
+    if found.cuda_us < min(found.us, found.torch_us):
+        return None
+    return f"others were as fast: {min(found.us, found.torch_us):g} us where this took {found.cuda_us:g}"
+
+
+@attention.backend("cuda", devices=("cuda",), supports=_supports_cuda, strided=True, defers=_defers_cuda)
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    from diffkern.kernels.attention_cuts import cuda_block
+
+    block = cuda_block(q, k.shape[1])
+    return torch.ops.diffkern_CUDA.attention(*map(_wide, (q, k, v)), _scale(q, scale), block)
+
+
 def _defers_to_torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> str | None:
     """PyTorch has three kernels to choose from, cuDNN's first: what the table of launch shapes says of a call decides.
     What is not in it goes to PyTorch, but for two kinds that it has no fast kernel for: masked calls in 16 bits, 2.2 to
@@ -131,7 +171,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None)
 
 @attention.batch_invariant
 def _(run: Backend, q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    if run.name == "cpu" or (run.name == "triton" and q.shape[-1] <= 256):  # our own kernels, and no library's products
+    ours = run.name in ("cpu", "cuda") or (run.name == "triton" and q.shape[-1] <= 256)
+    if ours:  # and no library's products
         return run(q, k, v, scale, mask)
     return masked(lambda q, k, v, mask: run(q, k, v, scale, mask), q, k, v, mask)
 

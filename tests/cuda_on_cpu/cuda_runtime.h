@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -48,17 +49,27 @@ constexpr int warpSize = 32;
 
 namespace cuda_on_cpu {
 
-constexpr size_t kStack = 64 << 10, kMaxShared = 48 << 10;  // what a kernel gets without asking for more
+constexpr size_t kStack = 64 << 10;
+constexpr size_t kShared = 48 << 10, kMaxShared = 227 << 10;  // what a kernel gets, and what it can ask for on a Hopper
 
 enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kEnded };
+
+// Of 16 bytes, begun by a thread and not yet there; zeros if it is from nowhere.
+struct Copy {
+  char* to;
+  const void* from;
+  unsigned group;
+};
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::kRuns;
-  // What the thread shows its warp, in turns: the next shuffle must not overwrite what a slower lane has yet to read.
-  uint64_t shown[2] = {};
-  unsigned shuffles = 0;
+  // What the thread shows its warp, in turns: the next must not overwrite what a slower lane has yet to read.
+  alignas(8) char shown[2][24];
+  unsigned turns = 0;
+  std::vector<Copy> copies;
+  unsigned groups = 0;  // of copies, that were made
 };
 
 struct Block {
@@ -111,7 +122,8 @@ inline void run_block(uint64_t b, unsigned threads, size_t shared_bytes) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = block.fibers[i];
     f.state = State::kRuns;
-    f.shuffles = 0;
+    f.turns = f.groups = 0;
+    f.copies.clear();
     getcontext(&f.context);
     f.context.uc_stack = {f.stack.get(), 0, kStack};
     f.context.uc_link = &block.scheduler;
@@ -139,8 +151,10 @@ inline void run_block(uint64_t b, unsigned threads, size_t shared_bytes) {
   }
 }
 
-inline void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, std::function<void()> kernel) {
-  if (threads == 0 || threads > 1024 || shared_bytes > kMaxShared || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+inline std::map<const void*, size_t> asked;  // shared memory, by kernel
+
+inline void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, size_t most, std::function<void()> kernel) {
+  if (threads == 0 || threads > 1024 || shared_bytes > most || most > kMaxShared || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.y > 65535 || grid.z > 65535) {
     fail("a launch that CUDA would refuse");
   }
@@ -157,18 +171,31 @@ inline void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, std::func
   }
 }
 
+// Shows the warp a value, and waits until each lane has shown its own. Returns which turn that was.
+template <class T>
+unsigned show(const T& value) {
+  static_assert(sizeof(T) <= sizeof(Fiber::shown[0]));
+  Fiber& self = block.fibers[block.current];
+  const unsigned turn = self.turns++ % 2;
+  std::memcpy(self.shown[turn], &value, sizeof value);
+  wait(State::kWaitsForWarp);
+  return turn;
+}
+
+// What a lane of this thread's warp showed in that turn.
+template <class T>
+T shown_by(unsigned lane, unsigned turn) {
+  T value;
+  std::memcpy(&value, block.fibers[block.current - threadIdx.x % warpSize + lane].shown[turn], sizeof value);
+  return value;
+}
+
 // What lane `from` of this thread's warp shows; the thread's own value if there is no such lane.
 template <class T>
 T shuffle(T value, unsigned from) {
-  static_assert(sizeof(T) <= 8);
-  Fiber& self = block.fibers[block.current];
-  const unsigned turn = self.shuffles++ % 2, warp = block.current - threadIdx.x % warpSize;
-  std::memcpy(&self.shown[turn], &value, sizeof value);
-  wait(State::kWaitsForWarp);
-  if (from < warpSize && threadIdx.x / warpSize * warpSize + from < blockDim.x) {
-    std::memcpy(&value, &block.fibers[warp + from].shown[turn], sizeof value);
-  }
-  return value;
+  const unsigned turn = show(value);
+  const bool there = from < warpSize && threadIdx.x / warpSize * warpSize + from < blockDim.x;
+  return there ? shown_by<T>(from, turn) : value;
 }
 
 inline float* dynamic_shared() { return reinterpret_cast<float*>(block.shared); }
@@ -184,6 +211,8 @@ T* global(T* pointer) {
 }
 
 }  // namespace cuda_on_cpu
+
+#include "matrix.h"
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::State::kWaitsForBlock); }
 inline void __syncwarp(unsigned = ~0u) { cuda_on_cpu::wait(cuda_on_cpu::State::kWaitsForWarp); }
@@ -230,6 +259,7 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
@@ -244,9 +274,17 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  cuda_on_cpu::asked[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Parameters...), Arguments... arguments) {
-  cuda_on_cpu::run_grid(c->gridDim, c->blockDim.x, c->dynamicSmemBytes, [=] { kernel(arguments...); });
+  const auto asked = cuda_on_cpu::asked.find(reinterpret_cast<const void*>(kernel));
+  const size_t most = asked == cuda_on_cpu::asked.end() ? cuda_on_cpu::kShared : asked->second;
+  cuda_on_cpu::run_grid(c->gridDim, c->blockDim.x, c->dynamicSmemBytes, most, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
