@@ -59,9 +59,9 @@ def test_long_sequences_take_128_queries_a_block(dim, keys):
 
 @pytest.mark.parametrize("queries", [70, 520], ids=["64 queries a block", "128 queries a block"])
 def test_a_sample_alone_equals_itself_in_a_batch(queries):
-    q, k, v = packed(3, queries, 50, 2, 40, BFLOAT16)
+    q, k, v = packed(2, queries, 40, 2, 24, BFLOAT16)
     together = run(q, k, v)
-    for i in range(3):
+    for i in range(2):
         assert torch.equal(run(q[i : i + 1], k[i : i + 1], v[i : i + 1])[0], together[i])
 
 

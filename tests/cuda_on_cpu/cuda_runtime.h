@@ -2,8 +2,9 @@
 // runs them on the CPU: the same code, a thread at a time. For tests only.
 //
 // Each thread of a block is a fiber. It runs until it waits, for its block (__syncthreads) or for its warp (shuffles);
-// all others then do. So a thread that reads what another has yet to write finds NaN, and a barrier that not all reach
-// is an error. Blocks run one after the other, in an order that REVERSED turns round.
+// all others of its warp then do. A warp runs as far as it can before the next one begins: so a thread that reads what
+// another has yet to write finds NaN, one that writes what another has yet to read spoils it, and a barrier that not all
+// reach is an error. Blocks run one after the other. REVERSED turns round the order of blocks and of warps.
 #pragma once
 
 #include <ucontext.h>
@@ -117,7 +118,7 @@ inline bool release(unsigned begin, unsigned end, State state) {
 }
 
 // Runs block number `b`. What it shares is NaN before it starts.
-inline void run_block(uint64_t b, unsigned threads, size_t shared_bytes) {
+inline void run_block(uint64_t b, unsigned threads, size_t shared_bytes, bool reversed) {
   blockIdx = dim3(b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& f = block.fibers[i];
@@ -130,20 +131,22 @@ inline void run_block(uint64_t b, unsigned threads, size_t shared_bytes) {
     makecontext(&f.context, run_fiber, 0);
   }
   std::memset(block.shared, 0xff, shared_bytes);
-  for (bool going = true; going;) {
-    for (unsigned i = 0; i < threads; ++i) {
-      if (block.fibers[i].state == State::kRuns) {
-        block.current = i;
-        threadIdx = dim3(i);
-        swapcontext(&block.scheduler, &block.fibers[i].context);
-      }
+  const unsigned warps = (threads + warpSize - 1) / warpSize;
+  do {
+    for (unsigned n = 0; n < warps; ++n) {
+      const unsigned begin = (reversed ? warps - 1 - n : n) * warpSize;
+      const unsigned end = begin + warpSize < threads ? begin + warpSize : threads;
+      do {
+        for (unsigned i = begin; i < end; ++i) {
+          if (block.fibers[i].state == State::kRuns) {
+            block.current = i;
+            threadIdx = dim3(i);
+            swapcontext(&block.scheduler, &block.fibers[i].context);
+          }
+        }
+      } while (release(begin, end, State::kWaitsForWarp));
     }
-    going = false;
-    for (unsigned warp = 0; warp < threads; warp += warpSize) {
-      going |= release(warp, warp + warpSize < threads ? warp + warpSize : threads, State::kWaitsForWarp);
-    }
-    going = going || release(0, threads, State::kWaitsForBlock);
-  }
+  } while (release(0, threads, State::kWaitsForBlock));
   for (unsigned i = 0; i < threads; ++i) {
     if (block.fibers[i].state != State::kEnded) {
       fail("threads of one block wait for each other at different places");
@@ -167,7 +170,7 @@ inline void run_grid(dim3 grid, unsigned threads, size_t shared_bytes, size_t mo
   const bool reversed = std::getenv("CUDA_ON_CPU_REVERSED") != nullptr;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
-    run_block(reversed ? blocks - 1 - i : i, threads, shared_bytes);
+    run_block(reversed ? blocks - 1 - i : i, threads, shared_bytes, reversed);
   }
 }
 
