@@ -72,18 +72,23 @@ template <class T, int D, int kTiles>
 struct Queries {
   using Room = AttentionRoom<D, kTiles>;
   static constexpr int kKeys = Room::kKeys, kRow = Room::kRow;
-  // All words of the queries stay in registers where there are enough of them.
-  static constexpr bool kHeld = kTiles * D <= 160;
 
-  Shared first;  // the first row of the warp
-  uint32_t signs;
-  uint32_t held[kHeld ? kTiles : 1][kHeld ? D / 16 : 1][4];
+  uint32_t q[kTiles][D / 16][4];
   float out[kTiles][D / 8][4], highest[kTiles][2], total[kTiles][2];
 
-  __device__ __forceinline__ void begin(Shared rows, uint32_t flip) {
-    first = rows, signs = flip;
+  // `first`: the first row of the warp. Its words stay in registers, with these signs flipped.
+  __device__ __forceinline__ void begin(Shared first, uint32_t signs) {
+    const int lane = threadIdx.x % 32, at = lane % 16 * kRow + lane / 16 * 16;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) {
+        load_matrices(q[t][step], first + at + (t * kRowsOfTile * kRow + step * 32));
+#pragma unroll
+        for (uint32_t& word : q[t][step]) {
+          word ^= signs;
+        }
+      }
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
 #pragma unroll
@@ -93,20 +98,6 @@ struct Queries {
       }
       highest[t][0] = highest[t][1] = -INFINITY;
       total[t][0] = total[t][1] = 0;
-#pragma unroll
-      for (int step = 0; kHeld && step < D / 16; ++step) {
-        load(t, step, held[t][step]);
-      }
-    }
-  }
-
-  // Numbers 16 step to 16 step + 15 of the queries of tile t.
-  __device__ __forceinline__ void load(int t, int step, uint32_t (&words)[4]) const {
-    const int lane = threadIdx.x % 32;
-    load_matrices(words, first + (lane % 16 * kRow + lane / 16 * 16) + (t * kRowsOfTile * kRow + step * 32));
-#pragma unroll
-    for (uint32_t& word : words) {
-      word ^= signs;
     }
   }
 
@@ -130,18 +121,6 @@ struct Queries {
     const int lane = threadIdx.x % 32, at = (lane / 16 * 8 + lane % 8) * kRow + lane / 8 % 2 * 16;
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      uint32_t q[kTiles][4];
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        if constexpr (kHeld) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            q[t][i] = held[t][step][i];
-          }
-        } else {
-          load(t, step, q[t]);
-        }
-      }
 #pragma unroll
       for (int n = 0; n < kKeys / 8; n += 2) {
         if (!kLast || n * 8 < left) {
@@ -149,8 +128,8 @@ struct Queries {
           load_matrices(k, keys + at + (n * 8 * kRow + step * 32));
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) {
-            multiply(scores[t][n], q[t], k, T{});
-            multiply(scores[t][n + 1], q[t], k + 2, T{});
+            multiply(scores[t][n], q[t][step], k, T{});
+            multiply(scores[t][n + 1], q[t][step], k + 2, T{});
           }
         }
       }
@@ -231,6 +210,7 @@ struct Queries {
   // The results, to where the queries were.
   __device__ __forceinline__ void end(char* rows) const {
     const int lane = threadIdx.x % 32;
+    __syncwarp();  // all have read theirs
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
