@@ -5,9 +5,9 @@ the weight has changed: its version counter, address, shape, strides and dtype a
 values. Those are for changes that PyTorch does not count, as in `weight.data += delta`: one that leaves all 64 as they
 are goes unseen. Tensors made in inference mode have no version counter: their copies are never kept.
 
-It costs the memory of the weights once more: twice that of 16-bit ones where this CPU computes them in float32. A 3 x 3
-convolution by Winograd's way takes 16 float32 numbers for 9, and 9 for a picture that is doubled first; in tiles of
-4 x 4 it takes 9 of the weight's own type. oneDNN's convolutions have a copy for each size of picture they are given.
+It costs the memory of the weights once more: twice that of 16-bit ones where this CPU computes them in float32, but for
+the 3 x 3 convolutions in Winograd's tiles of 4 x 4, which keep the weight's own type. oneDNN's convolutions have a copy
+for each size of picture they are given.
 DIFFKERN_PACK=0 keeps no copy at all: every call packs anew.
 
 A weight that safetensors maps from its file is only read to be packed. On Linux its memory is then given back: what is

@@ -123,15 +123,35 @@ def test_integers_come_out_exactly(channels, results, height, width, pixels, ups
     assert torch.equal(got.double(), exact)
 
 
+@forms
+def test_each_number_of_a_kernel_moves_the_picture_by_its_place(pixels, upsample):
+    """Result 9 c + k is channel 64 + c as seen by the k-th number alone: all points of one kernel matter, kept or made,
+    and of weights that begin in the second block of channels."""
+    x = integers(2, 68, 6, 9, most=8, seed=0).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(36, 68, 3, 3)
+    for i in range(36):
+        weight[i, 64 + i // 9, i % 9 // 3, i % 3] = 576
+    got = winograd.convolve(x, weight, None, ONE, None, None, False, upsample, pixels)
+    big = F.interpolate(x, scale_factor=2.0) if upsample else x
+    height, width = big.shape[2:]
+    wide = F.pad(big[:, 64:] * 576, (1, 1, 1, 1))
+    for i in range(36):
+        top, left = i % 9 // 3, i % 3
+        assert torch.equal(got[:, i], wide[:, i // 9, top : top + height, left : left + width])
+
+
+@forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("upsample", "points"), [(False, 16), (True, 9)])
-def test_weights_of_4_x_4_tiles_keep_their_size(dtype, upsample, points):
+def test_a_weight_keeps_nine_numbers_of_each_kernel(dtype, pixels, upsample):
+    """In 4 x 4 tiles its own, in its own dtype; in 2 x 2 nine points, of which those at the corners are its own."""
     weight = make((64, 48, 3, 3), "cpu", dtype)
-    kept = torch.ops.diffkern_C.winograd_weight(weight, upsample, 4)
-    assert (kept.numel(), kept.dtype) == (weight.numel(), dtype)
-    assert torch.equal(kept.sort().values, weight.flatten().sort().values)
-    kept = torch.ops.diffkern_C.winograd_weight(weight, upsample, 2)
-    assert (kept.numel(), kept.dtype) == (64 * 48 * points, torch.float32)
+    kept = torch.ops.diffkern_C.winograd_weight(weight, upsample, pixels)
+    assert (kept.numel(), kept.dtype) == (weight.numel(), dtype if pixels == 4 else torch.float32)
+    if pixels == 4:
+        assert torch.equal(kept.sort().values, weight.flatten().sort().values)
+    else:
+        corners = weight[..., ::2, ::2].flatten().float()
+        assert torch.isin(corners, kept).all()
 
 
 @forms
@@ -214,9 +234,9 @@ def test_one_copy_serves_all_sizes_of_pictures():
     before, weight = packing.kept_bytes(), make((64, 64, 3, 3), "cpu", torch.float32)
     for size in (8, 9, 16):
         diffkern.conv2d(make((1, 64, size, size), "cpu", torch.float32), weight)
-    assert packing.kept_bytes() == before + 16 * 64 * 64 * 4
+    assert packing.kept_bytes() == before + 9 * 64 * 64 * 4
     diffkern.conv2d(make((1, 64, 8, 8), "cpu", torch.float32), weight, upsample=True)
-    assert packing.kept_bytes() == before + (16 + 9) * 64 * 64 * 4
+    assert packing.kept_bytes() == before + 2 * 9 * 64 * 64 * 4
 
 
 def test_a_far_pixel_costs_its_neighbours_in_a_tile_a_millionth_of_it():

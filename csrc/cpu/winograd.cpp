@@ -15,10 +15,9 @@ constexpr int64_t kTiles = 6 * 14;   // in a block: whole products of either siz
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
 
 template <class T, class F>
-void run(const Problem& p, const Data<T>& data) {
-  const Panels panels(p.results);
-  const int64_t blocks = (p.tiles() + p.block - 1) / p.block, groups = panels.groups();
-  const int64_t work = p.block * panels.size(F::kArea, p.channels) / groups;
+void run(const Problem& p, const Data<T, F>& data) {
+  const int64_t groups = Panels(p.results, p.channels).groups(), blocks = (p.tiles() + p.block - 1) / p.block;
+  const int64_t work = p.block * F::kArea * p.channels * p.results / groups;
   torch::stable::parallel_for(0, blocks * groups, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
     Worker<T, F> worker(p, data);
     for (int64_t i = begin; i < end; ++i) {
@@ -68,11 +67,10 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   p.tile_rows = (p.out_height + pixels - 1) / pixels, p.tile_columns = (p.out_width + pixels - 1) / pixels;
   check(results >= 1 && p.channels >= 1 && p.out_height >= 1 && p.out_width >= 1, kOp, ": nothing to convolve in ",
         shape_of(x));
-  const Panels panels(results);
-  const bool keeps = keeps_points(pixels);
-  check(weight.scalar_type() == (keeps ? ScalarType::Float : x.scalar_type()) && weight.is_contiguous() &&
-            weight.numel() == panels.size(keeps ? area(pixels, upsample) : 9, p.channels),
-        kOp, ": weight was packed for another shape");
+  const Panels panels(results, p.channels);
+  const ScalarType kept = keeps_points(pixels) ? ScalarType::Float : x.scalar_type();
+  check(weight.scalar_type() == kept && weight.is_contiguous() && weight.numel() == panels.size(), kOp,
+        ": weight was packed for another shape");
   const std::vector<int64_t> shape = {p.batch, results, p.out_height, p.out_width};
   Tensor out = empty(shape, x.scalar_type(), /*channels_last=*/true);
   check(!residual || (is_channels_last(*residual) && has_shape(*residual, shape) &&
@@ -90,10 +88,12 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   p.block = (p.tiles() + blocks - 1) / blocks;
   const std::vector<float> shift = shifts(p, bias, add, panels.total);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
-    const Data<T> data{static_cast<const T*>(x.const_data_ptr()), weight.const_data_ptr(), shift.data(),
-                       add ? panels.total : 0,
-                       residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, data_of<T>(out)};
-    with_form(pixels, upsample, [&]<class F>() { run<T, F>(p, data); });
+    const T* rest = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
+    with_form(pixels, upsample, [&]<class F>() {
+      run<T, F>(p, {static_cast<const T*>(x.const_data_ptr()),
+                    static_cast<const Kept<T, F>*>(weight.const_data_ptr()), shift.data(), add ? panels.total : 0, rest,
+                    data_of<T>(out)});
+    });
   });
   return out;
 }

@@ -18,29 +18,26 @@ namespace diffkern {
 // error would be up to twice that of the direct convolution.
 constexpr int64_t kDepth = 64;
 constexpr int64_t kWidth = 2 * kLanes;            // results in a panel
-constexpr int64_t kPanels = 4;                    // of results that one pass over the points of a block makes
+constexpr int64_t kPanels = 4;                    // in a group, which a thread does with the points of a block of tiles
 constexpr int kRows = kRegisters == 32 ? 14 : 6;  // of a product that the registers hold, of two vectors each
 
-// The panels of the weight: kWidth results each, and the last as few vectors as hold what is left, filled up with zeros.
+// The panels of the weight: kWidth results each, and the last as few vectors as hold what is left, filled up with
+// zeros. Nine numbers are kept of each kernel: of kDepth channels of a panel after the next, [9, channels, width].
 struct Panels {
-  int64_t total, count;  // results with those zeros, and panels
+  int64_t total, count, channels;  // results with those zeros, and panels
 
-  explicit Panels(int64_t results)
-      : total((results + kLanes - 1) / kLanes * kLanes), count((results + kWidth - 1) / kWidth) {}
+  Panels(int64_t results, int64_t channels)
+      : total((results + kLanes - 1) / kLanes * kLanes), count((results + kWidth - 1) / kWidth), channels(channels) {}
 
   int64_t width(int64_t panel) const { return std::min(kWidth, total - panel * kWidth); }
-  int64_t size(int64_t points, int64_t channels) const { return total * points * channels; }
+  int64_t size() const { return total * channels * 9; }
 
   // Groups of panels, as even as can be.
   int64_t groups() const { return (count + kPanels - 1) / kPanels; }
   int64_t begin(int64_t group) const { return count * group / groups(); }
 
-  // Where the panel of a point that is kept begins. Panels of [C, width] lie in the order in which they are read.
-  int64_t at(int64_t panel, int64_t point, int64_t points, int64_t channels) const {
-    const int64_t group = ((panel + 1) * groups() - 1) / count, first = begin(group) * kWidth;
-    const int64_t together = std::min(begin(group + 1) * kWidth, total) - first;
-    return (first * points + point * together + panel * kWidth - first) * channels;
-  }
+  // Where the channels from `first` on begin, a multiple of kDepth.
+  int64_t at(int64_t panel, int64_t first) const { return (panel * kWidth * channels + first * width(panel)) * 9; }
 };
 
 // f.operator()<V>() with the vectors of a panel of `width` results.
@@ -58,6 +55,9 @@ struct Form {
   static constexpr int kPoints = kDoubled ? M + 1 : M + 2;               // on a line
   static constexpr int kStep = kDoubled ? M / 2 : M;                     // from patch to patch
   static constexpr int kArea = kPoints * kPoints;
+
+  // Which line of points the i-th of the three is whose points are kept, in tiles of 2 x 2.
+  static constexpr int line(int i) { return i == 2 ? kPoints - 1 : i; }
 };
 
 // f.operator()<Form>() with the form of tiles of `pixels` x `pixels`, 2 or 4.
@@ -69,14 +69,10 @@ auto with_form(int64_t pixels, bool doubled, F f) {
   return doubled ? f.template operator()<Form<4, true>>() : f.template operator()<Form<4, false>>();
 }
 
-// Whether weights are kept as points, in float32. Those of 4 x 4 tiles would be eight times as large as 16-bit weights:
-// they are kept as they are, and their points made for each block of tiles, which takes 3 to 6 % of its time.
+// Whether the nine numbers that are kept of a kernel are points, in float32, from which the others follow by additions.
+// In 4 x 4 tiles they would be twice as large as 16-bit weights: those are kept as they are, and to make their points
+// takes 3 to 6 % of the time of a block of tiles.
 constexpr bool keeps_points(int64_t pixels) { return pixels == 2; }
-
-// Points of a tile.
-inline int64_t area(int64_t pixels, bool doubled) {
-  return with_form(pixels, doubled, []<class F>() -> int64_t { return F::kArea; });
-}
 
 // A line of a patch to a line of points.
 inline void enter(Form<2, false>, const Vector* x, int step, Vector* out, int to) {
@@ -141,8 +137,8 @@ inline void leave(Form<4, true>, const Vector* x, int step, Vector* out, int to)
   out[3 * to] = x[step] + 4 * twice + x[4 * step];
 }
 
-// Three numbers of a line of the kernel to its points. In tiles of 4 x 4 only: see `keeps_points`. A product with a
-// float32 near 1/6 or 1/24 is exact where the quotient is.
+// Three numbers of a line of the kernel to its points, in tiles of 4 x 4. A product with a float32 near 1/6 or 1/24 is
+// exact where the quotient is.
 inline void weigh(Form<4, false>, const Vector* x, int step, Vector* out, int to) {
   const Vector a = x[0], b = x[step], c = x[2 * step];
   out[0] = a * 0.25f;
@@ -162,30 +158,52 @@ inline void weigh(Form<4, true>, const Vector* x, int step, Vector* out, int to)
   out[4 * to] = c;
 }
 
-// A vector of results: 3 x 3 numbers of the kernel, `width` apart, to points, which lie `step` apart.
-template <class F>
-void weigh_all(const float* kernel, int64_t width, float* out, int64_t step) {
-  constexpr int kPoints = F::kPoints;
+using Kernel = std::array<const float*, 9>;  // its numbers as they are kept, of as many results as are asked for
+
+// A vector of results, `at` in each row of the kernel: the points that are not kept, which lie `step` apart.
+template <bool kDoubled>
+void weigh_all(Form<4, kDoubled> form, const Kernel& kernel, int64_t at, float* out, int64_t step) {
+  constexpr int kPoints = Form<4, kDoubled>::kPoints;
   Vector half[3 * kPoints];
 #pragma GCC unroll 3
   for (int i = 0; i < 3; ++i) {
     Vector x[3];
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
-      x[j] = *reinterpret_cast<const LooseVector*>(kernel + (3 * j + i) * width);
+      x[j] = *reinterpret_cast<const LooseVector*>(kernel[3 * j + i] + at);
     }
-    weigh(F{}, x, 1, half + i, 3);
+    weigh(form, x, 1, half + i, 3);
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kPoints; ++i) {
     Vector y[kPoints];
-    weigh(F{}, half + 3 * i, 1, y, 1);
+    weigh(form, half + 3 * i, 1, y, 1);
 #pragma GCC unroll 6
     for (int j = 0; j < kPoints; ++j) {
       vector(out + (i * kPoints + j) * step) = y[j];
     }
   }
 }
+
+// The points of a line a, b, c are a, (a + b + c) / 2, (a - b + c) / 2 and c: the third, which is not kept, is the sum
+// of the first and the last less the second.
+inline void weigh_all(Form<2, false>, const Kernel& kernel, int64_t at, float* out, int64_t step) {
+  Vector line[3][4];
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const Vector first = vector(kernel[3 * i] + at), second = vector(kernel[3 * i + 1] + at);
+    const Vector last = vector(kernel[3 * i + 2] + at), third = first + last - second;
+    vector(out + (4 * Form<2, false>::line(i) + 2) * step) = third;
+    line[i][0] = first, line[i][1] = second, line[i][2] = third, line[i][3] = last;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    vector(out + (4 * 2 + j) * step) = line[0][j] + line[2][j] - line[1][j];
+  }
+}
+
+// Those of a doubled picture are all kept: a, a + b + c and c.
+inline void weigh_all(Form<2, true>, const Kernel&, int64_t, float*, int64_t) {}
 
 // n channels of the pixels of a patch to its points, which lie `step` apart.
 template <class F, size_t N>
@@ -214,13 +232,16 @@ void transform(const std::array<const float*, N>& pixel, int64_t n, float* out, 
   }
 }
 
-// R rows of a product over n channels: out[r] (+)= sum over k of left[r][k] * panel[k]. `ahead` is what will be read
-// next: the machine's own prefetching does not fetch it from behind the second cache in time.
+// R rows of a product over n channels: out[r] (+)= sum over k of left[r][k] * panel[k]. The tiles and the weights that
+// will be read next are fetched on the way: the machine's own prefetching does not fetch them from behind the second
+// cache in time.
 template <int V, int R>
-void rows(const float* left, const float* panel, int64_t n, bool first, float* out, const float* ahead) {
+void rows(const float* left, const float* panel, int64_t n, bool first, float* out, const float* tiles,
+          const float* weights) {
   Vector sum[R][V] = {};
-  for (int64_t k = 0; k < n; ++k, panel += V * kLanes, ahead += kLanes) {
-    __builtin_prefetch(ahead);
+  for (int64_t k = 0; k < n; ++k, panel += V * kLanes, tiles += kLanes, weights += kLanes) {
+    __builtin_prefetch(tiles);
+    __builtin_prefetch(weights);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const float scalar = left[r * kDepth + k];
@@ -240,23 +261,23 @@ void rows(const float* left, const float* panel, int64_t n, bool first, float* o
   }
 }
 
-using Rows = void (*)(const float*, const float*, int64_t, bool, float*, const float*);
+using Rows = void (*)(const float*, const float*, int64_t, bool, float*, const float*, const float*);
 template <int V, int... R>
 constexpr std::array<Rows, sizeof...(R)> rows_of(std::integer_sequence<int, R...>) {
   return {rows<V, R + 1>...};
 }
 
-// All tiles: as many at a time as registers hold, and as evenly as can be. Read ahead is what comes from afar: kept
-// weights, of which the next panel lies behind this one; else tiles, and after the last of them those at `next`.
+// All tiles: as many at a time as registers hold, and as evenly as can be. After the last of them those at `next` are
+// read, and weights at `later`.
 template <int V>
-void product(int64_t tiles, const float* left, const float* panel, int64_t n, bool first, float* out,
-             const float* next = nullptr) {
+void product(int64_t tiles, const float* left, const float* panel, int64_t n, bool first, float* out, const float* next,
+             const float* later) {
   static constexpr auto kOf = rows_of<V>(std::make_integer_sequence<int, kRows>());
   const int64_t parts = (tiles + kRows - 1) / kRows;
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t begin = tiles * i / parts, end = tiles * (i + 1) / parts;
-    const float* ahead = next == nullptr ? panel + (V + i % V) * n * kLanes : end < tiles ? left + end * kDepth : next;
-    kOf[end - begin - 1](left + begin * kDepth, panel, n, first, out + begin * V * kLanes, ahead);
+    kOf[end - begin - 1](left + begin * kDepth, panel, n, first, out + begin * V * kLanes,
+                         end < tiles ? left + end * kDepth : next, later + i % V * n * kLanes);
   }
 }
 

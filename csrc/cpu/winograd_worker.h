@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 namespace diffkern {
 
@@ -24,110 +25,98 @@ struct Problem {
   int64_t depths() const { return (channels + kDepth - 1) / kDepth; }
 };
 
-template <class T>
+// What a weight is kept in. F: the form.
+template <class T, class F>
+using Kept = std::conditional_t<keeps_points(F::kPixels), float, T>;
+
+template <class T, class F>
 struct Data {
   const T* x;
-  const void* weight;  // of winograd_weight: float where points are kept, else T
-  const float* shift;  // bias and add, [B, Panels::total], of one row if there is no add
+  const Kept<T, F>* weight;  // of winograd_weight
+  const float* shift;        // bias and add, [B, Panels::total], of one row if there is no add
   int64_t shift_stride;
   const T* residual;
   T* out;
 };
 
-// F: the form.
 template <class T, class F>
 class Worker {
  public:
-  Worker(const Problem& p, const Data<T>& data)
-      : p_(p), data_(data), panels_(p.results), step_(p.depths() * p.block * kDepth + 16),
+  Worker(const Problem& p, const Data<T, F>& data)
+      : p_(p), data_(data), panels_(p.results, p.channels), step_(p.depths() * p.block * kDepth + 16),
         sum_step_(p.block * kWidth + 16), room_(room()),
-        points_(room_.take(F::kArea * step_)), sums_(room_.take(kSums * F::kArea * sum_step_)),
-        weights_(room_.take(kWeights)), pixels_(room_.take(kPixels * kDepth)), zeros_(room_.take(kDepth)) {
+        points_(room_.take(F::kArea * step_)), sums_(room_.take(F::kArea * sum_step_)),
+        weights_(room_.take(F::kArea * kWeightStep)), pixels_(room_.take(kPixels * kDepth)),
+        zeros_(room_.take(kDepth)) {
     std::fill_n(zeros_, kDepth, 0.0f);
   }
 
   // The results of a group of panels for a block of tiles.
   void run(int64_t block, int64_t group) {
     const int64_t first = block * p_.block, tiles = std::min(p_.block, p_.tiles() - first);
-    const int64_t panel = panels_.begin(group), panels = panels_.begin(group + 1) - panel;
     if (block_ != block) {
       block_ = block;
       for (int64_t t = 0; t < tiles; ++t) {
         read(first + t, points_ + t * kDepth);
       }
     }
-    if constexpr (kKeeps) {
-      read_weights(first, tiles, panel, panels);
-    } else {
-      make_weights(first, tiles, panel, panels);
-    }
-  }
-
- private:
-  static constexpr int kPixels = F::kPatch * F::kPatch;
-  static constexpr bool kKeeps = keeps_points(F::kPixels);
-  static constexpr int64_t kSums = kKeeps ? kPanels : 1;        // panels that have sums at once
-  static constexpr int64_t kWeightStep = kDepth * kWidth + 16;  // an odd number of cache lines
-  static constexpr int64_t kWeights = kKeeps ? 0 : F::kArea * kWeightStep;
-
-  int64_t room() const { return F::kArea * (step_ + kSums * sum_step_) + kWeights + (kPixels + 1) * kDepth; }
-
-  // By kept points: all panels at a point, then the next, in the order in which they lie.
-  void read_weights(int64_t first, int64_t tiles, int64_t panel, int64_t panels) {
-    for (int64_t point = 0; point < F::kArea; ++point) {
-      for (int64_t i = 0; i < panels; ++i) {
-        const float* weight =
-            static_cast<const float*>(data_.weight) + panels_.at(panel + i, point, F::kArea, p_.channels);
-        with_vectors(panels_.width(panel + i), [&]<int V>() {
-          for (int64_t d = 0; d < p_.depths(); ++d) {
-            product<V>(tiles, points_ + point * step_ + d * p_.block * kDepth, weight + d * kDepth * V * kLanes,
-                       std::min(kDepth, p_.channels - d * kDepth), d == 0, sums_ + (i * F::kArea + point) * sum_step_);
-          }
-        });
-      }
-    }
-    for (int64_t t = 0; t < tiles; ++t) {
-      for (int64_t i = 0; i < panels; ++i) {
-        with_vectors(panels_.width(panel + i), [&]<int V>() {
-          write<V>(first + t, panel + i, sums_ + i * F::kArea * sum_step_ + t * V * kLanes);
-        });
-      }
-    }
-  }
-
-  // By points made here: those of a panel for some channels, which the cache holds until all tiles have used them.
-  void make_weights(int64_t first, int64_t tiles, int64_t panel, int64_t panels) {
-    for (int64_t i = panel; i < panel + panels; ++i) {
-      with_vectors(panels_.width(i), [&]<int V>() {
+    for (int64_t panel = panels_.begin(group); panel < panels_.begin(group + 1); ++panel) {
+      with_vectors(panels_.width(panel), [&]<int V>() {
         for (int64_t d = 0; d < p_.depths(); ++d) {
-          const int64_t n = weigh<V>(i, d);
-          const float* points = points_ + d * p_.block * kDepth;
-          for (int64_t point = 0; point < F::kArea; ++point, points += step_) {
-            product<V>(tiles, points, weights_ + point * kWeightStep, n, d == 0, sums_ + point * sum_step_,
-                       points + step_);
-          }
+          multiply<V>(tiles, panel, d);
         }
         for (int64_t t = 0; t < tiles; ++t) {
-          write<V>(first + t, i, sums_ + t * V * kLanes);
+          write<V>(first + t, panel, sums_ + t * V * kLanes);
         }
       });
     }
   }
 
-  // The points of a panel's weights, of some channels. Returns how many.
+ private:
+  static constexpr int kPixels = F::kPatch * F::kPatch;
+  static constexpr int64_t kWeightStep = kDepth * kWidth + 16;  // an odd number of cache lines
+
+  int64_t room() const { return F::kArea * (step_ + sum_step_ + kWeightStep) + (kPixels + 1) * kDepth; }
+
+  // The products of some channels at all points, of which those that are not kept are made first: the cache holds them
+  // until all tiles have used them.
   template <int V>
-  int64_t weigh(int64_t panel, int64_t depth) {
-    constexpr int64_t width = V * kLanes;
+  void multiply(int64_t tiles, int64_t panel, int64_t depth) {
     const int64_t n = std::min(kDepth, p_.channels - depth * kDepth);
-    const T* from = static_cast<const T*>(data_.weight) + (panel * p_.channels * kWidth + depth * kDepth * width) * 9;
-    float room[9 * width];
-    for (int64_t c = 0; c < n; ++c) {
-      const float* kernel = as_float(from + c * 9 * width, room, 9 * width);
-      for (int64_t v = 0; v < width; v += kLanes) {
-        weigh_all<F>(kernel + v, width, weights_ + c * width + v, kWeightStep);
+    const Kept<T, F>* kept = data_.weight + panels_.at(panel, depth * kDepth);
+    weigh<V>(kept, n);
+    std::array<const float*, F::kArea> weights;
+    for (int i = 0; i < F::kArea; ++i) {
+      weights[i] = weights_ + i * kWeightStep;
+    }
+    if constexpr (keeps_points(F::kPixels)) {
+      for (int i = 0; i < 9; ++i) {
+        weights[F::line(i / 3) * F::kPoints + F::line(i % 3)] = kept + i * n * V * kLanes;
       }
     }
-    return n;
+    const Kept<T, F>* later = kept + 9 * n * V * kLanes;
+    const int64_t share = 9 * n * V / F::kArea * kLanes;  // of it, which is fetched at each point
+    const float* points = points_ + depth * p_.block * kDepth;
+    for (int i = 0; i < F::kArea; ++i, points += step_) {
+      product<V>(tiles, points, weights[i], n, depth == 0, sums_ + i * sum_step_, points + step_,
+                 reinterpret_cast<const float*>(later + i * share));
+    }
+  }
+
+  // The points of a panel's weights, of n channels.
+  template <int V>
+  void weigh(const Kept<T, F>* kept, int64_t n) {
+    constexpr int64_t width = V * kLanes;
+    float room[9 * width];
+    for (int64_t c = 0; c < n; ++c) {
+      Kernel kernel;
+      for (int i = 0; i < 9; ++i) {
+        kernel[i] = as_float(kept + (i * n + c) * width, room + i * width, width);
+      }
+      for (int64_t v = 0; v < width; v += kLanes) {
+        weigh_all(F{}, kernel, v, weights_ + c * width + v, kWeightStep);
+      }
+    }
   }
 
   // The points of a tile's patch.
@@ -224,7 +213,7 @@ class Worker {
   }
 
   const Problem& p_;
-  const Data<T>& data_;
+  const Data<T, F>& data_;
   const Panels panels_;
   int64_t block_ = -1;       // whose points are held
   int64_t step_, sum_step_;  // from point to point; an odd number of cache lines, to spread over all cache sets
