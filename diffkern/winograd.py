@@ -2,7 +2,8 @@
 
 In tiles of 2 x 2 pixels it takes 16 multiplications for the 36 of the definition, or 9 for a picture that is doubled
 first, with about the error of oneDNN's own convolution. In tiles of 4 x 4 it takes 36 for 144, or 25, and its error,
-ten times as large, is still far below what 16-bit tensors can tell.
+ten times as large, is still far below what 16-bit tensors can tell. Of the weight nine numbers are kept for nine, and
+the points that they do not tell are made in the cache.
 
 An infinity in x, like one that a sum overflows to, comes out as NaN in some of the pixels that see it: differences of
 infinities are taken on the way. In tiles of 4 x 4, what is not finite reaches the pixels of the tiles that see it, and
@@ -40,8 +41,8 @@ def tile(
     pixels, weights = size[0] * size[1], n * channels
     native = compute_dtype(dtype, convolution=True) == dtype
     if dtype == torch.float32 or not native:
-        # Below 4 x 4 pixels most of what is computed lies outside the picture, and reading the weights takes the time:
-        # they are 16/9 as large.
+        # Below 4 x 4 pixels most of what is computed lies outside the picture: of few tiles, reading the weights and
+        # making their points takes the time.
         if min(size) < 4 and weights > 1 << 16:
             return 0
     # The transforms of a picture take longer than what they save where there are few products, results counted in
