@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import diffkern
+from diffkern.graphs import kept
+from diffkern.graphs.recorder import Recording
 from diffkern.models.dit import DiT, DiTConfig
 from diffkern.models.unet_condition import UNet2DCondition, UNet2DConditionConfig
 from diffkern.samplers import SAMPLERS, Table, graph
@@ -104,9 +107,8 @@ def plain_loop(
 
 
 class CPURecorder:
-    """In place of `Recorder`: what is recorded runs, without a trace, and replaying runs it again."""
+    """In place of `Recorder`: what is recorded runs, and replaying runs it again, into the tensors that it returned."""
 
-    fixed: Step  # the last that was made
     last: CPURecorder
 
     def __init__(self, device: torch.device) -> None:
@@ -119,23 +121,43 @@ class CPURecorder:
     def in_order(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def record(self, run: Callable[[], Any]) -> Recording:
         self.records += 1
+        made = run()
+
+        def replay() -> None:
+            self.replays += 1
+            for own, new in zip(tree_leaves(made), tree_leaves(run()), strict=True):
+                if isinstance(own, Tensor):
+                    own.copy_(new)
+
+        return Recording(replay, made)
+
+
+class StepRecorder(CPURecorder):
+    """Of a step, which leaves no trace when it is recorded."""
+
+    fixed: Step  # the last that was made
+
+    def record(self, run: Callable[[], None]) -> Recording:
         tensors = self.fixed.tensors()
         before = {name: t.clone() for name, t in tensors.items()}
         try:
             self.fixed.row.zero_()  # the run may be over, and what follows its last row is not there to be read
             self.fixed.place.zero_()
-            run()
+            return super().record(run)
         finally:
             for name, t in tensors.items():
                 t.copy_(before[name])
 
-        def replay() -> None:
-            self.replays += 1
-            run()
 
-        return replay
+@contextlib.contextmanager
+def recorded_by(recorder: type[CPURecorder]) -> Iterator[pytest.MonkeyPatch]:
+    """Inside, the CPU has graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "has_graphs", lambda device: True)
+        patch.setattr(kept, "Recorder", recorder)
+        yield patch
 
 
 @contextlib.contextmanager
@@ -144,12 +166,10 @@ def graphs_on_the_cpu() -> Iterator[pytest.MonkeyPatch]:
     settled = Step.settled
 
     def remembered(step: Step) -> Step:
-        CPURecorder.fixed = settled(step)
-        return CPURecorder.fixed
+        StepRecorder.fixed = settled(step)
+        return StepRecorder.fixed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "_has_graphs", lambda device: True)
-        patch.setattr(graph, "Recorder", CPURecorder)
+    with recorded_by(StepRecorder) as patch:
         patch.setattr(Step, "settled", remembered)
         patch.setattr(graph, "_of_network", weakref.WeakKeyDictionary())
         yield patch

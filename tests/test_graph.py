@@ -11,9 +11,20 @@ from typing import Any
 import pytest
 import torch
 from folders import write_tiny
-from graphs import SHAPE, TABLES, CPURecorder, Pointwise, graphs_on_the_cpu, make_prompted, plain_loop, table
+from graphs import (
+    SHAPE,
+    TABLES,
+    CPURecorder,
+    Pointwise,
+    StepRecorder,
+    graphs_on_the_cpu,
+    make_prompted,
+    plain_loop,
+    table,
+)
 
 import diffkern
+from diffkern.graphs import kept
 from diffkern.samplers import graph
 
 
@@ -35,7 +46,7 @@ def draw(model: Any, n: int = 3, name: str = "dpmpp_2m", steps: int = 9, **optio
 
 def eagerly(model: Any, *args: Any, **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "_has_graphs", lambda device: False)
+        patch.setattr(kept, "has_graphs", lambda device: False)
         return draw(model, *args, **{**options, "cuda_graph": "auto"})
 
 
@@ -160,7 +171,7 @@ def test_few_graphs_are_kept_and_few_share_a_pool(on_cpu):
     for n in range(1, 21):
         draw(model, n)
     graphs = graph._of_network[model]
-    assert len(graphs.kept) == graph.LIMIT
+    assert len(graphs.kept) == kept.LIMIT
     assert CPURecorder.last.records == 20
     assert CPURecorder.last.pools == 3
     draw(model, 13)  # the oldest of those kept: now the last to go
@@ -172,15 +183,15 @@ def test_few_graphs_are_kept_and_few_share_a_pool(on_cpu):
 def test_graphs_are_freed_with_the_model_and_on_demand(on_cpu):
     model = Pointwise()
     draw(model)
-    buffer = weakref.ref(CPURecorder.fixed.x)
-    del CPURecorder.fixed
+    buffer = weakref.ref(StepRecorder.fixed.x)
+    del StepRecorder.fixed
     assert buffer() is not None
     draw(model, cuda_graph=False)
     gc.collect()
     assert buffer() is None
     draw(model)
-    buffer, gone = weakref.ref(CPURecorder.fixed.x), weakref.ref(model)
-    del CPURecorder.fixed, model
+    buffer, gone = weakref.ref(StepRecorder.fixed.x), weakref.ref(model)
+    del StepRecorder.fixed, model
     gc.collect()
     assert gone() is None
     assert buffer() is None
@@ -214,7 +225,7 @@ def test_a_recording_that_fails_leaves_the_run_as_it_was(on_cpu, error, reason):
         run()  # halfway through: the state of the run must not have been touched
         raise error
 
-    on_cpu.setattr(CPURecorder, "record", fail)
+    on_cpu.setattr(StepRecorder, "record", fail)
     model = Pointwise()
     with pytest.warns(RuntimeWarning, match=reason) as caught:
         got = draw(model, name="dpmpp_3m", batch_size=2)
@@ -259,7 +270,7 @@ def test_in_and_out_of_inference_mode(on_cpu):
 
 def test_auto_takes_what_is_long_and_surely_the_same(on_cpu, tiny):
     def records(model: Any, steps: int = 9) -> int:
-        CPURecorder.last = CPURecorder(torch.device("cpu"))
+        CPURecorder.last = StepRecorder(torch.device("cpu"))
         draw(model, steps=steps, shape=None if model is tiny else SHAPE, cuda_graph="auto")
         return CPURecorder.last.records
 

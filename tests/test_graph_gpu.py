@@ -13,6 +13,7 @@ from folders import write_tiny
 from graphs import SHAPE, TABLES, Pointwise, make_dit, make_prompted, table
 
 import diffkern
+from diffkern.graphs import kept
 from diffkern.samplers import graph
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -223,7 +224,7 @@ def test_memory_stays_bounded_over_many_shapes_and_is_given_back(tmp_path):
     for _ in range(3):
         for n in range(1, 21):
             diffkern.sample(model, table(), n, labels=1, shape=(3, 64, 64), cuda_graph=True)
-        assert recorded(model) == graph.LIMIT
+        assert recorded(model) == kept.LIMIT
         after.append(_reserved())
     # Reserved are blocks of 2 and 20 MiB: a second time the same shapes need the same, give or take a few of them.
     assert max(after[1:]) <= after[0] + (64 << 20)

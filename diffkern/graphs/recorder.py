@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ class Refused(RuntimeError):
 class Watch(TorchDispatchMode):
     """Refuses what cannot be recorded, and remembers what is read that was not made inside, but for `known` tensors."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], random: bool = True) -> None:
+        """random: whether numbers may be drawn; from another generator than the device's they are the same in every
+        replay."""
         super().__init__()
+        self.random = random
         self.known = {t.untyped_storage().data_ptr() for t in known}
         self.read: dict[int, Tensor] = {}
 
@@ -38,6 +41,8 @@ class Watch(TorchDispatchMode):
             raise Refused(f"the model asks the device for a number ({func})")
         if func in _COPIES and len({d.type for d in (kwargs.get("device"), *(t.device for t in given)) if d}) > 1:
             raise Refused(f"the model copies between the host and the device ({func})")
+        if not self.random and _draws(func, args, kwargs):
+            raise Refused(f"the model draws random numbers ({func})")
         for t in given:
             place = t.untyped_storage().data_ptr()
             if place not in self.known:
@@ -49,6 +54,24 @@ class Watch(TorchDispatchMode):
 
 _WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers. Attention may, and does not without dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    names = [a.name for a in func._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return float(given.get("dropout_p", 0.0)) > 0
+
+
+class Recording(NamedTuple):
+    """replay: does again what was recorded. made: what that returned; each replay writes into its tensors."""
+
+    replay: Callable[[], None]
+    made: Any
 
 
 class Recorder:
@@ -69,8 +92,8 @@ class Recorder:
         finally:
             self.last.record(torch.cuda.current_stream(self.device))
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """run, to be called again and again. It is not run here."""
+    def record(self, run: Callable[[], Any]) -> Recording:
+        """run, to be replayed again and again. Its kernels do not run here."""
         graph = torch.cuda.CUDAGraph()
         with _recording, torch.cuda.device(self.device):
             torch.cuda.synchronize()
@@ -79,12 +102,12 @@ class Recorder:
                 # Other threads may allocate meanwhile.
                 graph.capture_begin(self.pool, capture_error_mode="thread_local")
                 try:
-                    run()
+                    made = run()
                 except BaseException:
                     self._abandon(graph)
                     raise
                 graph.capture_end()
-        return graph.replay
+        return Recording(graph.replay, made)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         try:

@@ -1,0 +1,1 @@
+"""What runs alike again and again, recorded in CUDA graphs."""
