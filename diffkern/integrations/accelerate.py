@@ -15,12 +15,17 @@ from typing import Any
 
 from torch import nn
 
+from diffkern.graphs import kept
+from diffkern.graphs.calls import BEFORE, why_not
+from diffkern.graphs.looks import has_own_forward
 from diffkern.integrations.diffusers import FUSED, fused_class
 from diffkern.integrations.modules import PARTS
-from diffkern.integrations.modules.base import Accelerated, accelerated_class, put_back
+from diffkern.integrations.modules.base import Accelerated, accelerated_class, become
+from diffkern.integrations.modules.networks import AlwaysNetwork, Network
 from diffkern.integrations.report import Report
 from diffkern.integrations.schedulers.fused import FusedScheduler
 from diffkern.op import BackendError, availability, use_backend
+from diffkern.samplers.step import placement
 
 # The versions of diffusers that this was tested with, the first and the last.
 TESTED = ((0, 35), (0, 42))
@@ -28,17 +33,29 @@ TESTED = ((0, 35), (0, 42))
 AS_FAST = ("LayerNorm", "FP32LayerNorm", "Embedding")
 
 
-def accelerate(pipe_or_module: Any, *, backend: str = "auto", schedulers: bool = True, strict: bool = False) -> Report:
+def accelerate(
+    pipe_or_module: Any, *, backend: str = "auto", schedulers: bool = True, cuda_graph: bool | str = "auto",
+    strict: bool = False,
+) -> Report:  # fmt: skip
     """Run a diffusers pipeline or model in diffkern's ops, in place, with the same results up to rounding.
 
     pipe_or_module: a diffusers pipeline, whose diffusers models are accelerated, or any module. backend: of the models'
     ops; "auto" takes the fastest for each call. schedulers: whether the scheduler of a pipeline steps in one op.
+    cuda_graph: on a GPU "auto" records a call of a denoiser, a ControlNet, or the encoder or decoder of a VAE in a CUDA
+    graph once three like it were made, and replays it from then on: the same bits, without Python and gaps between
+    kernels. Calls are alike if their tensors have the same shapes, dtypes and strides and all other arguments are the
+    same; a timestep may be a number. True does so after two, also with classes of the user, which then must do the same
+    in each call but for what their attributes and their tensors say; what cannot be recorded is warned of once. False
+    does not, and frees the graphs, which keep the memory that a call needs. A network that was changed is recorded
+    anew; calls with hooks or offloading inside the network, under autocast or torch.compile run as before.
     strict: raise, before anything is changed, if a part of a diffusers model or the scheduler would be left as it is.
 
     Weights, hooks and config stay the same objects. What is changed later (weights in place, LoRA layers, attention
     processors) shows in the next call. Calls that need gradients run as before. Returns a Report of what was replaced
     and what was not; a second call replaces the first. Raises TypeError for another object, ValueError for a backend
-    of another name or, if strict, for what would be left, BackendError for a backend that cannot run here."""
+    of another name, another cuda_graph or, if strict, for what would be left, BackendError for a backend that cannot
+    run here."""
+    kept.check_option(cuda_graph)
     with use_backend(backend):  # raises for another name
         pass
     if backend != "auto" and (reason := availability(backend)) is not None:
@@ -48,12 +65,19 @@ def accelerate(pipe_or_module: Any, *, backend: str = "auto", schedulers: bool =
     plan: list[tuple[nn.Module, Any]] = []
     replaced: Counter[tuple[str, tuple[str, ...]]] = Counter()
     left: Counter[tuple[str, str, bool]] = Counter(others)
+    graphs: Counter[tuple[str, str]] = Counter()
     for module in parts:
         name = type(module).__name__
         plain: Any = getattr(type(module), "plain", type(module))
+        if plain in _registry((Network,)):
+            cls, how = _recorded(module, plain, cuda_graph)
+            plan.append((module, cls))
+            if how is not None:
+                graphs[name, how] += 1
+            continue
         part = _registry().get(plain)
         reason = _why_left(module) if part is None else part.why_not(module)
-        if part is not None and reason is None and _is_hooked(module):
+        if part is not None and reason is None and has_own_forward(module):
             reason = "another library has replaced its forward"
         if part is not None and reason is None:
             plan.append((module, accelerated_class(part, plain, backend)))
@@ -69,12 +93,13 @@ def accelerate(pipe_or_module: Any, *, backend: str = "auto", schedulers: bool =
             replaced[name, ("sampler_step",)] += 1
         else:
             left[name, reason, True] += 1
-    report = Report.of(replaced, left)
+    report = Report.of(replaced, left, graphs)
     if strict and report.missed:
         missed = ", ".join(f"{entry.count} {entry.name} ({entry.reason})" for entry in report.missed)
         raise ValueError(f"strict=True leaves nothing as it is, but diffkern would leave {missed}")
     for module, cls in plan:
-        module.__class__ = cls
+        if type(module) is not cls:
+            become(module, cls)
     if fused is not None:
         scheduler.__class__ = fused
     return report
@@ -86,7 +111,7 @@ def restore(pipe_or_module: Any) -> None:
     parts, scheduler, _ = _taken_apart(pipe_or_module)
     for module in parts:
         if isinstance(module, Accelerated):
-            put_back(module)
+            become(module, module.plain)
     if isinstance(scheduler, FusedScheduler):
         for name in ("_levels", "counter_seed"):
             vars(scheduler).pop(name, None)
@@ -115,11 +140,27 @@ def _taken_apart(pipe_or_module: Any) -> tuple[list[nn.Module], Any, Counter[tup
     return list(modules), getattr(pipe_or_module, "scheduler", None), others
 
 
+def _recorded(module: Any, plain: Any, cuda_graph: bool | str) -> tuple[Any, str | None]:
+    """The class that a network becomes, and what to say of its graphs, if anything."""
+    if cuda_graph is False:
+        return plain, None
+    if has_own_forward(module):
+        return type(module), "no CUDA graph: another library has replaced its forward"
+    cls = accelerated_class(AlwaysNetwork if cuda_graph is True else Network, plain, "auto")
+    device = placement(module)[0]
+    if not kept.has_graphs(device):
+        return cls, f"no CUDA graph: it is on the {device.type}, which has none" if cuda_graph is True else None
+    reason = why_not(module, cuda_graph is True)
+    if reason is not None:
+        return cls, f"no CUDA graph: {reason}"
+    return cls, f"a CUDA graph of a call, after {BEFORE[cuda_graph]} like it"
+
+
 @functools.cache
-def _registry() -> dict[Any, Any]:
+def _registry(parts: tuple[type[Accelerated], ...] = PARTS) -> dict[Any, Any]:
     """What stands in for which class. One that the installed diffusers does not have is left out."""
     found: dict[Any, Any] = {}
-    for part in PARTS:
+    for part in parts:
         for path in part.replaces:
             module, name = path.rsplit(".", 1)
             try:
@@ -137,12 +178,6 @@ def _why_left(module: nn.Module) -> str | None:
         return f"its processor is {type(module.processor).__name__}"
     is_leaf = next(module.children(), None) is None
     return "there is no op for it" if is_leaf and next(module.parameters(), None) is not None else None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a forward of its own, as of an offload hook, hides that of its class."""
-    forward = vars(module).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _why_not_fused(scheduler: Any) -> str | None:

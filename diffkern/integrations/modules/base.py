@@ -12,13 +12,14 @@ import functools
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkern.graphs.calls import NAME
 from diffkern.models import blocks
 from diffkern.op import use_backend
 from diffkern.ops.conv2d import conv2d
@@ -65,13 +66,15 @@ def accelerated_class(part: Any, plain: Any, backend: str) -> Any:
     """The subclass of a module class that runs as `part` says, on a backend or on the best one ("auto")."""
 
     def __reduce__(self: Any) -> Any:
-        return _new, (part, plain, backend), vars(self).copy()
+        return _new, (part, plain, backend), {k: v for k, v in vars(self).items() if k != NAME}
 
+    run: Any = Accelerated.forward
     body = {
         "plain": plain,
         "backend": backend,
         "first": next(name for name in inspect.signature(plain.forward).parameters if name != "self"),
-        "forward": functools.wraps(plain.forward)(Accelerated.forward),
+        # A function of its own, which says whose arguments it takes: pipelines ask a network.
+        "forward": functools.wraps(plain.forward)(FunctionType(run.__code__, run.__globals__)),
         # A saved config names the class, and a pipeline is loaded by it.
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
@@ -87,13 +90,15 @@ def _new(part: Any, plain: Any, backend: str) -> Any:
     return cls.__new__(cls)
 
 
-def put_back(module: Any) -> None:
-    """Give an accelerated module its own class again. Offload hooks keep the forward that they wrap: that too."""
-    forward, module.__class__ = type(module).forward, module.plain
+def become(module: Any, cls: Any) -> None:
+    """Give a module another class, and free its graphs. Offload hooks keep the forward that they wrap, and leave it as
+    an attribute: that becomes another, too."""
+    vars(module).pop(NAME, None)
+    forward, module.__class__ = type(module).forward, cls
     for name in ("forward", "_old_forward"):
         kept = vars(module).get(name)
         if isinstance(kept, MethodType) and kept.__func__ is forward:
-            setattr(module, name, MethodType(type(module).forward, module))
+            setattr(module, name, MethodType(cls.forward, module))
 
 
 def is_for_ops(x: Tensor) -> bool:
