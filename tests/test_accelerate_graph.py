@@ -328,6 +328,23 @@ def test_hooks_and_classes_of_the_user() -> None:
         assert recorded(model) == 1
 
 
+def test_compiled_parts() -> None:
+    plain, model = both("DDPM")
+    model.mid_block.resnets[0].compile(backend="eager")
+    assert "no CUDA graph: a part of it is compiled" in str(diffkern.accelerate(model))
+    agree(plain, model, pixels(3), 5)
+    assert recorded(model) == 0
+
+
+def test_in_and_out_of_inference_mode() -> None:
+    plain, model = both("DDPM")
+    for inside in (False, True, False):
+        with torch.inference_mode(inside):
+            out = agree(plain, model, pixels(3), 5)
+        assert out.sample.is_inference() == inside
+    assert CPURecorder.last.records == 1
+
+
 def test_offload_hooks_of_accelerate() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     call: Any = (pixels(), torch.tensor([500]))
@@ -414,8 +431,8 @@ def test_copies_have_graphs_of_their_own_and_saved_ones_none(tmp_path) -> None:
     assert type(diffusers.UNet2DModel.from_pretrained(tmp_path)) is diffusers.UNet2DModel
 
 
-@pytest.mark.parametrize("how", ["restore", "False", "the model"])
-def test_graphs_are_freed(how: str) -> None:
+@pytest.mark.parametrize("how", ["restore", "False", "the model", "another device"])
+def test_graphs_are_freed(how: str, on_cpu) -> None:
     plain, model = both("DDPM")
     agree(plain, model, pixels(3), 5)
     (graph,) = vars(model)[calls.NAME].graphs.kept.values()
@@ -427,8 +444,11 @@ def test_graphs_are_freed(how: str) -> None:
     elif how == "False":
         diffkern.accelerate(model, cuda_graph=False)
         assert type(model) is diffusers.UNet2DModel
-    else:
+    elif how == "the model":
         del model
+    else:
+        on_cpu.undo()
+        agree(plain, model, pixels(3), 5, times=1)
     gc.collect()
     assert buffer() is None
 

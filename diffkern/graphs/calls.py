@@ -124,6 +124,8 @@ def why_not(network: nn.Module, always: bool) -> str | None:
     if patched is not None or has_own_forward(network):
         name = type(network if patched is None else patched).__name__
         return f"a {name} of it has a hook, or a forward of its own"
+    if any(m._compiled_call_impl or type(m).__module__.startswith("torch._dynamo") for m in network.modules()):
+        return "a part of it is compiled"
     if not all(is_plain(t) for t in tensors(network)):
         return "some of its weights are not plain tensors"
     if always:

@@ -47,7 +47,10 @@ class Network(Accelerated):
 
     def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs[self.first]
-        if torch.compiler.is_compiling() or not kept.has_graphs(x.device) or not is_plain(x):
+        if torch.compiler.is_compiling() or not is_plain(x):
+            return NotImplemented
+        if not kept.has_graphs(x.device):
+            vars(self).pop(NAME, None)  # of the device that the network was on
             return NotImplemented
         if self.plain.__name__ in _NUMBERS:
             args, kwargs = _with_tensor(self.plain.__name__, args, kwargs, x)
