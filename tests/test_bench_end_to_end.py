@@ -212,14 +212,14 @@ def test_what_a_gpu_is_given_runs(capsys):
         "--networks",
         "vae-512",
         "--variants",
-        "diffkern;diffusers",
+        "diffkern;diffusers;diffusers, accelerated, recorded",
         "--rounds",
         "1",
     ]
     assert cli.main(["bench", "end-to-end", *command, "--out", "here"]) == 0
     (path,) = Path("here").glob("*/end_to_end-vae-512-bfloat16.json")
     found = json.loads(path.read_text(encoding="utf-8"))["results"]["variants"]
-    assert list(found) == ["diffkern", "diffusers"]
+    assert list(found) == ["diffkern", "diffusers", "diffusers, accelerated, recorded"]
     assert 1e-4 < found["diffkern"]["rms delta"] < 0.02
 
 

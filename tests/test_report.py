@@ -46,6 +46,21 @@ def test_a_network_on_a_gpu_is_compared_with_and_without_a_graph(gpu):
     assert "| torch.compile, graphed | not timed: no \\| time |" in details
 
 
+def test_what_the_one_line_does_to_a_call_on_a_gpu(tmp_path):
+    graphed = "diffkern, graphed"
+    variants = {"diffkern": form(8.0, 1.0, "diffkern"), graphed: form(4.0, 1.0, graphed),
+                "diffusers": form(20.0, 2.5, "diffkern"),
+                "diffusers, accelerated, recorded": form(5.0, 1.25, graphed)}  # fmt: skip
+    write(tmp_path, "h200/end_to_end-sd15", network("sd15", variants), GPU)
+    others = {name: figures for name, figures in variants.items() if "recorded" not in name}
+    write(tmp_path, "h200/end_to_end-dit", network("dit", others), GPU)
+    summary = sections.summary("figures", sections.checked(tmp_path))
+    assert "how many times as fast diffusers is called after `diffkern.accelerate` as before:" in summary
+    assert "| accelerated diffusers | without | diffusers | accelerate |" in summary
+    assert "| sd15, bfloat16 | 4 ms | - | 8 ms | 2.50 | 4.00 |" in summary
+    assert "| dit, bfloat16 | 4 ms | - | 8 ms | 2.50 | - |" in summary
+
+
 def test_an_op_on_a_gpu_is_measured_by_the_floor_of_the_device(gpu):
     details = sections.details(gpu)
     assert "NVIDIA H200, torch 2.11.0+cu130 (a copy 4300 GB/s, read and written; a bfloat16 product 788 TFL" in details

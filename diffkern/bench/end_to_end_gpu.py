@@ -3,7 +3,8 @@
 A network has a process for all forms that are not compiled, and one for each that is. All get ready in parallel; what
 is not ready in time is left out, and the record says so. Then, network by network, a form is refused whose result is
 not that of diffusers in float32, and all are timed in turn, one at a time: as they are called, and replayed from a CUDA
-graph ("graphed"), without what Python and the launches take. max-autotune makes such a graph by itself.
+graph ("graphed"), without what Python and the launches take. max-autotune makes such a graph by itself, and so does
+`diffkern.accelerate` ("recorded").
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from diffkern.bench import children, gpu, record
 from diffkern.bench.end_to_end import keep
 from diffkern.bench.networks import Emoji, Run, deltas, wrong
-from diffkern.bench.networks_gpu import COMPILED, NETWORKS, Built, build
+from diffkern.bench.networks_gpu import COMPILED, NETWORKS, RECORDED, Built, build
 
 EACH = 60.0  # seconds that a process may take for an answer once all are prepared
 
@@ -38,6 +39,11 @@ def graphed(run: Run) -> Run:
         return replay.results[0]
 
     return again
+
+
+def has_own_graph(variant: str) -> bool:
+    """Whether a form records a graph by itself."""
+    return variant == RECORDED or variant.startswith("torch.compile, max")
 
 
 class Forms:
@@ -88,7 +94,7 @@ class Forms:
         for variant in list(self.rows):
             run = self.runs.get(variant) or self.built.run(variant)
             self.judge(variant, run, expected, self.rows[variant]["first call, seconds"])
-            if not self.cuda or variant.startswith("torch.compile, max"):
+            if not self.cuda or has_own_graph(variant):
                 continue
             name = f"{variant}, graphed"
             if isinstance(self.built, Built):
@@ -106,7 +112,7 @@ class Forms:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if self.cuda else 0
-        for _ in range(3):  # max-autotune records its graph in the second call
+        for _ in range(5):  # max-autotune records its graph in the second call, accelerate in the fourth
             out = run()
         delta = deltas(out, expected)
         peak = (torch.cuda.max_memory_allocated() - before if self.cuda else 0) + self.built.weights()
@@ -204,7 +210,7 @@ def measure(name: str, processes: list[tuple[list[str], Any]], rounds: int, unti
             for variant, value in answer.items():
                 seconds[variant].append(value)
     for variant, row in rows.items():
-        alone = variant.endswith("graphed") or variant.startswith("torch.compile, max")
+        alone = variant.endswith("graphed") or has_own_graph(variant)
         against = "diffkern, graphed" if alone and "diffkern, graphed" in rows else "diffkern"
         row["ms"] = record.spread([1000 * s for s in seconds[variant]])
         row |= {"against": against, "diffkern is faster by": record.ratio(seconds[variant], seconds[against])}

@@ -9,7 +9,7 @@ from diffkern.bench.report.records import Record, Standing, by_machine, digits, 
 
 NAME = "end_to_end-*"
 OURS, GRAPHED = "diffkern", "diffkern, graphed"
-LOADED, ACCELERATED = "diffusers", "diffusers, accelerated"
+LOADED, ACCELERATED, RECORDED = "diffusers", "diffusers, accelerated", "diffusers, accelerated, recorded"
 Best = dict[str, tuple[str, dict[str, float]]]
 """Of each rival its fastest form, and how many times as fast diffkern is."""
 
@@ -88,6 +88,8 @@ def _ratios(names: Iterable[str], found: Best) -> list[str]:
 def _gpu_table(machine: str, records: list[Record]) -> str:
     with_graph, without = [best(r, GRAPHED) for r in records], [best(r) for r in records]
     names, others = _rivals(with_graph), _rivals(without)
+    # A user's own call before and after the one line, which records a graph by itself; not in the first records.
+    called = any(RECORDED in r["results"]["variants"] for r in records)
     rows = []
     for record, graphed, launched in zip(records, with_graph, without, strict=True):
         r, v = record["results"], record["results"]["variants"]
@@ -96,13 +98,33 @@ def _gpu_table(machine: str, records: list[Record]) -> str:
         rows.append([
             f"{r['network']}, {r['dtype']}", f"{ours['ms']['median']:.3g} ms" if ours else "-",
             *_ratios(names, graphed), f"{own['diffkern is faster by']['median']:.2f}" if own else "-",
-            f"{v[OURS]['ms']['median']:.3g} ms", *_ratios(others, launched),
+            f"{v[OURS]['ms']['median']:.3g} ms", *_ratios(others, launched), *([_line(v)] if called else []),
         ])  # fmt: skip
     return (
         f"{machine}. A call replayed from a CUDA graph, and called without one. How many times as fast as the fastest "
-        "form of each rival, all with a graph or all without; torch.compile's max-autotune makes a graph itself:\n\n"
-        + table(["", "with a graph", *names, "accelerated diffusers", "without", *others], rows)
+        "form of each rival, all with a graph or all without; torch.compile's max-autotune makes a graph itself"
+        + ("; last, how many times as fast diffusers is called after `diffkern.accelerate` as before" if called else "")
+        + ":\n\n"
+        + table(
+            [
+                "",
+                "with a graph",
+                *names,
+                "accelerated diffusers",
+                "without",
+                *others,
+                *(["accelerate"] if called else []),
+            ],
+            rows,
+        )
     )
+
+
+def _line(variants: dict[str, Any]) -> str:
+    """diffusers as it is loaded over the same after `diffkern.accelerate`, both called by a user."""
+    if RECORDED not in variants or LOADED not in variants:
+        return "-"
+    return f"{variants[LOADED]['ms']['median'] / variants[RECORDED]['ms']['median']:.2f}"
 
 
 def _cpu_table(machine: str, records: list[Record]) -> str:
