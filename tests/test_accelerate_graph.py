@@ -453,6 +453,15 @@ def test_graphs_are_freed(how: str, on_cpu) -> None:
     assert buffer() is None
 
 
+def test_weights_that_were_replaced_are_not_held() -> None:
+    plain, model = both("DDPM")
+    agree(plain, model, pixels(3), 5)
+    gone = weakref.ref(model.conv_in.weight)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    gc.collect()
+    assert gone() is None
+
+
 def test_report() -> None:
     model = make("SD 1.5")
     auto = diffkern.accelerate(model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as globally
 
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device)
+_WEIGHTS = ("_parameters", "_buffers")
 # Attributes that hold a network's own graphs, and the notes of diffusers about hooks, which are seen where they hook.
 OPAQUE = ("_graphs", "_diffusers_hook")
 
@@ -27,29 +28,35 @@ class Places:
 
 class State:
     """All that a call of a network may read of it: its modules, where their tensors lie, and every attribute of them
-    and of the objects that they have, such as the scale of a LoRA layer. Holds on to these, so that it belongs where it
-    goes with the network. Compared in C where it can be: a replay of SD 1.5's UNet looks at 709 modules first."""
+    and of the objects that they have, such as the scale of a LoRA layer. Holds on to modules and objects, so that it
+    belongs where it goes with the network, and not to weights. Compared in C where it can be: a replay of SD 1.5's UNet
+    looks at 709 modules first."""
 
     def __init__(self, network: nn.Module) -> None:
         self.modules = list(network.modules())
-        self.objects: list[Any] = []
-        seen: set[int] = set()
-        self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for module in self.modules:
-            self.before.append((vars(module), _copied(vars(module))))
-            for name, value in vars(module).items():
-                if name not in OPAQUE:
-                    self._go_into(value, seen)
         self.types = [type(m) for m in self.modules]
-        self.tensors = list(tensors(network))
-        self.places = [place(t) for t in self.tensors]
+        self.objects: list[Any] = []
+        self.attributes: list[Tensor] = []  # that are neither parameters nor buffers
+        self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        seen: set[int] = set()
+        for module in self.modules:
+            state = vars(module)
+            # The dicts of weights are held as they are, and looked into for places.
+            self.before.append((state, {k: v if k in _WEIGHTS else _copied(v) for k, v in state.items()}))
+            for name, value in state.items():
+                if name not in (*_WEIGHTS, "_modules", *OPAQUE):
+                    self._go_into(value, seen)
+        self.weights = [state[name] for state, _ in self.before for name in _WEIGHTS if name in state]
+        self.places = self._places()
 
     def _go_into(self, value: Any, seen: set[int]) -> None:
-        """Remember the attributes of objects within a value. Modules and tensors are in lists of their own."""
-        if isinstance(value, (*_SIMPLE, Tensor, nn.Module)) or id(value) in seen:
+        """Remember the attributes of objects within a value."""
+        if isinstance(value, (*_SIMPLE, nn.Module)) or id(value) in seen:
             return
         seen.add(id(value))
-        if isinstance(value, dict):
+        if isinstance(value, Tensor):
+            self.attributes.append(value)
+        elif isinstance(value, dict):
             for entry in value.values():
                 self._go_into(entry, seen)
         elif isinstance(value, (list, tuple, set, frozenset)):
@@ -60,15 +67,19 @@ class State:
             self.before.append((vars(value), _copied(vars(value))))
             self._go_into(vars(value), seen)
 
+    def _places(self) -> list[Hashable]:
+        weights = [place(t) for tensors in self.weights for t in tensors.values() if t is not None]
+        return [*weights, *map(place, self.attributes)]
+
     def hold(self, network: nn.Module) -> bool:
         """Whether all is as it was."""
         try:
             return (
                 list(map(type, self.modules)) == self.types
                 and all(now == then for now, then in self.before)
-                and [place(t) for t in self.tensors] == self.places
+                and self._places() == self.places
             )
-        except (RuntimeError, TypeError, ValueError):  # an array or a tensor is another, and has no single truth
+        except Exception:  # an attribute is another, and what it is has no single truth, as an array
             return False
 
 
