@@ -175,18 +175,18 @@ def test_a_changed_batch_is_another_graph_and_few_are_kept(on_cpu) -> None:
     assert CPURecorder.last.records == 4
 
 
-def test_strides_dtypes_backends_and_the_order_of_batches_tell_calls_apart() -> None:
-    plain, model = both("SD 1.5")
-    x, t = pixels(), torch.tensor([500])
-    agree(plain, model, x, t.expand(2), **PROMPT)  # two entries in one place
-    agree(plain, model, x.to(memory_format=torch.channels_last), t.expand(2), **PROMPT)
-    agree(plain, model, x, t.float(), **PROMPT)
-    agree(plain, model, x[:1].expand(2, -1, -1, -1), t, PROMPT["encoder_hidden_states"])
+def test_what_tells_calls_apart() -> None:
+    plain, model = both("DDPM")
+    x, t = pixels(3), torch.tensor([500])
+    agree(plain, model, x, t.expand(2))  # two entries in one place
+    agree(plain, model, x.to(memory_format=torch.channels_last), t.expand(2))
+    agree(plain, model, x, t.float())
+    agree(plain, model, x[:1].expand(2, -1, -1, -1), timestep=t)
     assert recorded(model) == 4
     with diffkern.use_backend("reference"):
-        agree(plain, model, x, t.expand(2), **PROMPT)
+        agree(plain, model, x, t.expand(2))
     with diffkern.batch_invariant():
-        agree(plain, model, x, t.expand(2), **PROMPT)
+        agree(plain, model, x, t.expand(2))
     assert recorded(model) == 6
 
 
@@ -393,6 +393,34 @@ def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning(what: str, reas
     assert len(caught) == 1
     assert caught[0].filename.endswith("test_accelerate_graph.py")
     assert recorded(model) == 0
+
+
+def test_what_changes_in_every_call_is_seldom_looked_at(on_cpu) -> None:
+    class Counting(processors.AttnProcessor2_0):  # type: ignore[name-defined,misc]
+        calls = 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    looks = []
+
+    class Counted(calls.State):
+        def __init__(self, network: nn.Module) -> None:
+            looks.append(network)
+            super().__init__(network)
+
+    on_cpu.setattr(calls, "State", Counted)
+    plain, model = both("SD 1.5", True)
+    for m in (plain, model):
+        m.set_attn_processor(Counting())
+    agree(plain, model, pixels(), torch.tensor([500]), **PROMPT, times=20)
+    assert recorded(model) == 0
+    assert len(looks) == 4  # thrice, then after 8 calls, then after 16
+    for m in (plain, model):
+        m.set_attn_processor(processors.AttnProcessor2_0())
+    agree(plain, model, pixels(), torch.tensor([500]), **PROMPT, times=8 + 32 + 4)
+    assert recorded(model) == 1
 
 
 def test_dropout_in_training_is_not_recorded() -> None:

@@ -40,6 +40,7 @@ class Calls:
         self.graphs = Graphs(network, State, f"{type(network).__name__} runs", 6)
         self.seen: OrderedDict[Hashable, int] = OrderedDict()
         self.why_not: str | None = None
+        self.changes = self.rest = 0
 
     def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
         """What forward(*args, **kwargs) returns, from a graph; NotImplemented if it has to be called. x: the first of
@@ -48,9 +49,8 @@ class Calls:
         if _is_watched(x) or not self.graphs.lock.acquire(blocking=False):
             return NotImplemented
         try:
-            if not self.graphs.look(x.device):
-                self.seen.clear()
-                self.why_not = why_not(self.graphs.network, self.always)
+            if self._rests(x.device):
+                return NotImplemented
             leaves, spec = tree_flatten((args, kwargs))
             reason = self.why_not or _why_not_given(leaves, x.device)
             if reason is not None:
@@ -67,6 +67,23 @@ class Calls:
             return NotImplemented if graph is None else graph(given, self.graphs.recorder)
         finally:
             self.graphs.lock.release()
+
+    def _rests(self, device: torch.device) -> bool:
+        """Look at the network, unless it has changed in each of the last calls: to take it down again and again would
+        only take time, and is not needed where there are no graphs."""
+        if self.rest:
+            self.rest -= 1
+            return True
+        if self.graphs.look(device):
+            self.changes = 0
+            return False
+        assert self.graphs.looks is not None
+        self.seen.clear()
+        self.why_not = why_not(self.graphs.network, self.always, self.graphs.looks)
+        self.changes += 1
+        if self.changes > 2:
+            self.rest = 1 << min(self.changes, 5)
+        return False
 
     def _is_due(self, key: Hashable) -> bool:
         """Whether a call has come often enough to be recorded; counts it."""
@@ -95,7 +112,7 @@ class _Call(NamedTuple):
             return tree_unflatten([_copy(t) if isinstance(t, Tensor) else t for t in self.made], self.spec)
 
 
-def _record(graphs: Graphs, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> _Call:
+def _record(graphs: Graphs[State], forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> _Call:
     with torch.inference_mode(False), torch.no_grad():  # what is made here is written later, in whatever mode
         own = [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         given = [leaf for leaf in own if isinstance(leaf, Tensor)]
@@ -117,9 +134,9 @@ def _record(graphs: Graphs, forward: Callable[..., Any], leaves: list[Any], spec
     return _Call(given, recording.replay, made, of, list(watch.read.values()))
 
 
-def why_not(network: nn.Module, always: bool) -> str | None:
+def why_not(network: nn.Module, always: bool, state: State) -> str | None:
     """Why a network's calls are not recorded, whatever it is given, or None. always: also if nothing is known of
-    classes that it has."""
+    classes that it has. state: of the network."""
     patched = next((m for m in network.modules() if m is not network and is_patched(m)), None)
     if patched is not None or has_own_forward(network):
         name = type(network if patched is None else patched).__name__
@@ -128,11 +145,8 @@ def why_not(network: nn.Module, always: bool) -> str | None:
         return "a part of it is compiled"
     if not all(is_plain(t) for t in tensors(network)):
         return "some of its weights are not plain tensors"
-    if always:
-        return None
-    state = State(network)
     unknown = next((m for m in (*state.modules, *state.objects) if not type(m).__module__.startswith(PURE)), None)
-    if unknown is None:
+    if always or unknown is None:
         return None
     return f"{type(unknown).__name__} may do something else in each call; cuda_graph=True takes it that it does not"
 

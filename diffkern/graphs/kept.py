@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,19 +40,22 @@ class Looks(Protocol):
     def hold(self, network: nn.Module) -> bool: ...
 
 
-class Graphs:
+L = TypeVar("L", bound=Looks)
+
+
+class Graphs(Generic[L]):
     """The graphs of one network, by what they were recorded of."""
 
     recorder: Recorder
 
-    def __init__(self, network: nn.Module, look: Callable[[nn.Module], Looks], what: str, stacklevel: int) -> None:
+    def __init__(self, network: nn.Module, look: Callable[[nn.Module], L], what: str, stacklevel: int) -> None:
         """look: takes down what the graphs take for granted. what: runs without a graph, and stacklevel: how far above
         `record` its caller is, for a warning."""
         self.of = weakref.ref(network)
         self.take_down, self.what, self.stacklevel = look, what, stacklevel
         self.lock = threading.Lock()
         self.kept: OrderedDict[Hashable, Any] = OrderedDict()  # the last used last; None: not to be had
-        self.looks: Looks | None = None
+        self.looks: L | None = None
         self.setting: Hashable = None
         self.warned = self.hopeless = False
         self.recorded = 0

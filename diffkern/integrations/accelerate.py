@@ -17,7 +17,7 @@ from torch import nn
 
 from diffkern.graphs import kept
 from diffkern.graphs.calls import BEFORE, why_not
-from diffkern.graphs.looks import has_own_forward
+from diffkern.graphs.looks import State, has_own_forward
 from diffkern.integrations.diffusers import FUSED, fused_class
 from diffkern.integrations.modules import PARTS
 from diffkern.integrations.modules.base import Accelerated, accelerated_class, become
@@ -150,7 +150,7 @@ def _recorded(module: Any, plain: Any, cuda_graph: bool | str) -> tuple[Any, str
     device = placement(module)[0]
     if not kept.has_graphs(device):
         return cls, f"no CUDA graph: it is on the {device.type}, which has none" if cuda_graph is True else None
-    reason = why_not(module, cuda_graph is True)
+    reason = why_not(module, cuda_graph is True, State(module))
     if reason is not None:
         return cls, f"no CUDA graph: {reason}"
     return cls, f"a CUDA graph of a call, after {BEFORE[cuda_graph]} like it"

@@ -23,7 +23,7 @@ FEW = 8  # steps: a shorter run would take longer with its recording than withou
 # Where the modules are from whose calls do the same whenever they are given the same tensors.
 _PURE = ("diffkern.models.", "torch.nn.modules.")
 
-_of_network: weakref.WeakKeyDictionary[nn.Module, Graphs] = weakref.WeakKeyDictionary()
+_of_network: weakref.WeakKeyDictionary[nn.Module, Graphs[Places]] = weakref.WeakKeyDictionary()
 
 
 def check(cuda_graph: bool | str, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class _Replay(Run):
     """A run by a graph. Where there is none yet the first two steps run as they are, in which kernels are compiled and
     chosen and all is made that is made on first use; then it is recorded."""
 
-    def __init__(self, network: Model, step: Step, steps: int, graphs: Graphs) -> None:
+    def __init__(self, network: Model, step: Step, steps: int, graphs: Graphs[Places]) -> None:
         super().__init__(network, step)
         self.graphs, self.steps = graphs, steps
         self.key = (step.kind(), kept.settings())
@@ -102,7 +102,7 @@ class _Graph(NamedTuple):
     read: list[Tensor]  # what else it reads, which has to stay
 
 
-def _record(graphs: Graphs, step: Step, steps: int) -> _Graph:
+def _record(graphs: Graphs[Places], step: Step, steps: int) -> _Graph:
     """The graph of a batch after two steps, or its only one."""
     fixed, watch = step.settled(), graphs.watch()
 
