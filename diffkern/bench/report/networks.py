@@ -100,23 +100,14 @@ def _gpu_table(machine: str, records: list[Record]) -> str:
             *_ratios(names, graphed), f"{own['diffkern is faster by']['median']:.2f}" if own else "-",
             f"{v[OURS]['ms']['median']:.3g} ms", *_ratios(others, launched), *([_line(v)] if called else []),
         ])  # fmt: skip
+    last = ["accelerate"] if called else []
+    header = ["", "with a graph", *names, "accelerated diffusers", "without", *others, *last]
     return (
         f"{machine}. A call replayed from a CUDA graph, and called without one. How many times as fast as the fastest "
         "form of each rival, all with a graph or all without; torch.compile's max-autotune makes a graph itself"
         + ("; last, how many times as fast diffusers is called after `diffkern.accelerate` as before" if called else "")
         + ":\n\n"
-        + table(
-            [
-                "",
-                "with a graph",
-                *names,
-                "accelerated diffusers",
-                "without",
-                *others,
-                *(["accelerate"] if called else []),
-            ],
-            rows,
-        )
+        + table(header, rows)
     )
 
 
