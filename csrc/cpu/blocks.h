@@ -18,6 +18,7 @@ struct Block {
 
 inline Block operator+(Block x, Block y) { return {x.a + y.a, x.b + y.b}; }
 inline Block operator*(Block x, Block y) { return {x.a * y.a, x.b * y.b}; }
+inline Block operator-(Block x, Block y) { return {x.a - y.a, x.b - y.b}; }
 inline Block operator-(Block x, float y) { return {x.a - y, x.b - y}; }
 inline Block operator*(Block x, float y) { return {x.a * y, x.b * y}; }
 

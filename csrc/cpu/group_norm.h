@@ -31,6 +31,11 @@ struct Source {
   int64_t own;  // channels of x
   std::vector<float> add;
 
+  // What is added to the channels of a sample; nullptr for nothing.
+  const float* add_of(const GroupNorm& p, int64_t sample) const {
+    return add.empty() ? nullptr : &add[sample * p.channels];
+  }
+
   // n elements of a channels_last sample from `at` on; in `room` unless they are there as they are needed.
   const float* rows(const GroupNorm& p, int64_t sample, int64_t at, int64_t n, float* room) const {
     if (!skip && add.empty()) {

@@ -9,8 +9,9 @@ namespace {
 
 constexpr const char* kOp = "diffkern::group_norm_silu_backward";
 // Sums of few terms, then sums of those: rounding grows with the length of a chain, and sums over dx nearly cancel.
-constexpr int64_t kTerms = 512;  // of a contiguous chain, in the lanes of a vector
-constexpr int64_t kRows = 16;    // of a channels_last chain
+constexpr int64_t kTerms = 512;     // of a contiguous chain, in the lanes of a vector
+constexpr int64_t kRows = 16;       // of a channels_last chain
+constexpr int64_t kMinWidth = 256;  // channels_last rows shorter than this are taken several at a time
 
 // A value's part in the sums: the normalised value, and the gradient with respect to what the SiLU takes.
 struct Term {
@@ -112,6 +113,28 @@ void contiguous(const GroupNorm& p, const Source<T>& source, const T* grad, T* d
   });
 }
 
+// A channels_last sample as rows of `width` columns, one or several pixels a row, so that loops over columns are long.
+struct Rows {
+  int64_t width, chunk, chunks;  // a chunk is whole rows but for the sample's last
+
+  explicit Rows(const GroupNorm& p)
+      : width(p.channels * std::max<int64_t>(1, kMinWidth / p.channels)),
+        chunk(width * std::max<int64_t>(1, kPixelChunk / width)),
+        chunks(chunks_of(p.sample_size(), chunk)) {}
+};
+
+// f(column, channel, group) for every column; an integer division a column would take longer than all the rest.
+template <class F>
+void for_each_column(const GroupNorm& p, int64_t width, F f) {
+  for (int64_t first = 0; first < width; first += p.channels) {
+    for (int64_t g = 0, c = 0; g < p.groups; ++g) {
+      for (const int64_t end = c + p.group_size(); c < end; ++c) {
+        f(first + c, c, g);
+      }
+    }
+  }
+}
+
 // Every column's share of a channels_last sample: what the norm knows of it, and what is summed over its rows.
 struct Columns {
   std::vector<float> mean, scale, gamma, beta, a, b;
@@ -132,7 +155,8 @@ void channels_last(const GroupNorm& p, const Source<T>& source, const T* grad, T
   const Rows rows(p);
   const int64_t size = p.sample_size(), width = rows.width;
   for_each_slab(p.batch, size, [&](int64_t sample) {
-    const std::vector<Normaliser> groups = sample_moments(p, source, sample);
+    const Layout<T> layout(p, source, sample);
+    const std::vector<Normaliser> groups = SampleMoments<T>(p, layout, source.add_of(p, sample)).groups;
     Columns columns(p, width, sample, groups);
     // body(column, at, n, x, grad) for runs inside one row of the chunks [begin, end).
     const auto for_each_run = [&](int64_t begin, int64_t end, auto body) {
