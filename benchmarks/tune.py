@@ -26,8 +26,9 @@ import torch
 from diffkern.kernels import configs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffkern.backend import use_backend
 from diffkern.bench import children, gpu, record
-from diffkern.op import OPS, Sample, use_backend
+from diffkern.op import OPS, Sample
 from diffkern.testing import check
 
 DTYPE = torch.bfloat16

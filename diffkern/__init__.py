@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from diffkern.backend import BackendError, use_backend
 from diffkern.choice import explain
 from diffkern.invariant import batch_invariant
 from diffkern.models.autoencoder_kl import AutoencoderKL
@@ -13,7 +14,6 @@ from diffkern.models.dit import DiT
 from diffkern.models.folder import ModelError
 from diffkern.models.unet import UNet2D
 from diffkern.models.unet_condition import UNet2DCondition
-from diffkern.op import BackendError, use_backend
 from diffkern.ops import (
     Draw,
     add_noise,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from diffkern.op import OPS, Op, availability, forced_backend
+from diffkern.available import availability
+from diffkern.backend import forced_backend
+from diffkern.op import OPS, Op
 
 
 class Choice(NamedTuple):

@@ -14,8 +14,10 @@ import torch
 
 import diffkern
 from diffkern import native, toolchain
+from diffkern.available import availability
+from diffkern.backend import BACKENDS, forced_backend
 from diffkern.models.bundle import bundled
-from diffkern.op import BACKENDS, OPS, availability, forced_backend
+from diffkern.op import OPS
 
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "safetensors", "ninja", "matplotlib", "scikit-learn")
 TOOLS = {"c++": toolchain.find_compiler, "nvcc": toolchain.find_nvcc}

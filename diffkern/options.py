@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import torch
 
 from diffkern import doctor
+from diffkern.backend import BACKENDS
 from diffkern.models.bundle import Diffusion, bundled
-from diffkern.op import BACKENDS, OPS
+from diffkern.op import OPS
 from diffkern.ranks import gpu_of_this_process
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

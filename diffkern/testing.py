@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffkern.op import Op, use_backend
+from diffkern.backend import use_backend
+from diffkern.op import Op
 
 SHAPES = (
     ("square", (3, 4, 8, 8), "contiguous"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from diffkern.op import availability, triton_interpreted, use_backend
+from diffkern.available import availability, triton_interpreted
+from diffkern.backend import use_backend
 
 BACKENDS = ("cpu", "triton", "reference")
 

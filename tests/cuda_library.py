@@ -13,7 +13,8 @@ import torch
 from filelock import FileLock
 
 from diffkern import native, toolchain
-from diffkern.op import OPS, availability
+from diffkern.available import availability
+from diffkern.op import OPS
 
 NAMES = sorted(name for name, op in OPS.items() if any(b.name == "cuda" for b in op.backends))
 

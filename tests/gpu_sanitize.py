@@ -11,7 +11,8 @@ import argparse
 
 import torch
 
-from diffkern.op import OPS, availability
+from diffkern.available import availability
+from diffkern.op import OPS
 
 
 def main() -> None:

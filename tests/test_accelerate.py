@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import diffkern
+from diffkern.backend import forced_backend
 from diffkern.integrations.accelerate import _check_version
 from diffkern.integrations.modules.base import Accelerated
-from diffkern.op import Op, forced_backend
+from diffkern.op import Op
 
 pytest.importorskip("diffusers")
 

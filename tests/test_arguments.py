@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffkern import noise_keys, use_backend
-from diffkern.op import OPS, availability
+from diffkern.available import availability
+from diffkern.op import OPS
 from diffkern.testing import make
 
 X = make((2, 4, 6, 6), "cpu", torch.float32)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import diffkern
 from diffkern import attention, use_backend
-from diffkern.op import availability
+from diffkern.available import availability
 from diffkern.testing import check, make
 
 BACKENDS = [b for b in ("cpu", "triton", "torch", "reference") if availability(b) is None]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffkern.kernels import configs
 
-from diffkern.op import OPS, availability
+from diffkern.available import availability
+from diffkern.op import OPS
 from diffkern.testing import make
 
 needs_triton = pytest.mark.skipif(availability("triton") is not None, reason="needs Triton")

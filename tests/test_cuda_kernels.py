@@ -14,8 +14,9 @@ from one_sample import alone
 from rows import LOOKUPS, check_rows_outside
 from torch import Tensor
 
+from diffkern.backend import use_backend
 from diffkern.layout import is_dense
-from diffkern.op import OPS, Sample, use_backend
+from diffkern.op import OPS, Sample
 from diffkern.ops.randn import Draw, noise_keys, normal
 from diffkern.testing import check, tensors
 

@@ -10,7 +10,8 @@ import torch
 from test_cuda_kernels import DEVICE, library  # noqa: F401
 from torch import Tensor
 
-from diffkern.op import OPS, use_backend
+from diffkern.backend import use_backend
+from diffkern.op import OPS
 from diffkern.testing import check, make
 
 pytestmark = pytest.mark.device

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import diffkern
 from diffkern import packing
-from diffkern.op import OPS, availability
+from diffkern.available import availability
+from diffkern.op import OPS
 from diffkern.testing import tensors
 
 THREADS = 8

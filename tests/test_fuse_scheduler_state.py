@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffkern import make_table
+from diffkern.backend import BackendError, use_backend
 from diffkern.integrations.diffusers import FUSED, fuse_scheduler, restore_scheduler
-from diffkern.op import BackendError, use_backend
 from diffkern.ops.randn import normal
 from diffkern.scheduler_config import from_diffusers_config
 

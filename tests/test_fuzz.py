@@ -20,7 +20,9 @@ from mutations import mutate, others_of, rearrange
 from rows import LOOKUPS, check_rows_outside, wild_calls
 from torch import Tensor
 
-from diffkern.op import OPS, BackendError, Op, availability, use_backend
+from diffkern.available import availability
+from diffkern.backend import BackendError, use_backend
+from diffkern.op import OPS, Op
 from diffkern.testing import judge, oracle, poison, tensors, widened
 
 CALLS = int(os.environ.get("DIFFKERN_FUZZ", "0"))

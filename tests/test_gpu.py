@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import diffkern
-from diffkern.op import OPS, use_backend
+from diffkern.backend import use_backend
+from diffkern.op import OPS
 from diffkern.ops.randn import noise_keys, normal
 from diffkern.testing import tensors
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton_kernels import DEVICE, interpreted, run
 
-from diffkern.op import availability
+from diffkern.available import availability
 from diffkern.ops.randn import Draw, noise_keys, normal, philox
 
 if (reason := availability("triton")) is not None:

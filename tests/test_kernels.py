@@ -14,8 +14,9 @@ from torch import Tensor
 from triton_kernels import DEVICE, KERNELS, interpreted, run, small
 
 import diffkern
+from diffkern.available import availability
 from diffkern.layout import dense, is_dense
-from diffkern.op import OPS, availability
+from diffkern.op import OPS
 from diffkern.ops.randn import noise_keys, normal
 from diffkern.testing import check, make, tensors
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import diffkern
+from diffkern.backend import use_backend
 from diffkern.layout import joined, lay_side_by_side
-from diffkern.op import use_backend
 from diffkern.testing import make
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import diffkern
 from diffkern import packing
+from diffkern.available import availability
+from diffkern.backend import use_backend
 from diffkern.models.folder import WEIGHTS
-from diffkern.op import availability, use_backend
 from diffkern.testing import make
 
 pytestmark = [

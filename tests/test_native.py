@@ -17,7 +17,7 @@ from builds import Compiler, fresh
 
 import diffkern.native
 from diffkern import toolchain
-from diffkern.op import availability
+from diffkern.available import availability
 
 
 def test_builds_once_into_a_private_folder(home, loaded, compiler, capsys):

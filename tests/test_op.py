@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import diffkern
-from diffkern.op import OPS, Backend, BackendError, Op, forced_backend, op
+from diffkern.backend import BackendError, forced_backend
+from diffkern.op import OPS, Backend, Op, op
 
 RAN: list[str] = []
 
@@ -144,7 +145,7 @@ def test_devices_are_checked():
     backend = Backend("reference", lambda x: x)
     assert backend.why_not((torch.ones(1),)) is None
     wrong = Backend("cpu", lambda x: x, ("cpu",))
-    if diffkern.op.availability("cpu") is None:
+    if diffkern.available.availability("cpu") is None:
         assert wrong.why_not((torch.ones(1, device="meta"),)) == "runs on cpu tensors, not on meta"
 
 

@@ -8,7 +8,8 @@ from one_sample import alone
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffkern.op import OPS, availability
+from diffkern.available import availability
+from diffkern.op import OPS
 from diffkern.testing import check, tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

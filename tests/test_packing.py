@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import diffkern
 from diffkern import packing
-from diffkern.op import availability, use_backend
+from diffkern.available import availability
+from diffkern.backend import use_backend
 from diffkern.testing import make
 
 pytestmark = pytest.mark.skipif(availability("cpu") is not None, reason="packs for the cpu backend")

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffkern.op import OPS, availability
+from diffkern.available import availability
+from diffkern.op import OPS
 from diffkern.testing import check, make
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

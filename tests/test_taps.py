@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import diffkern
 from diffkern import taps
-from diffkern.op import availability, use_backend
+from diffkern.available import availability
+from diffkern.backend import use_backend
 from diffkern.testing import make
 
 pytestmark = [

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffkern.available import availability
 from diffkern.bench import children
-from diffkern.op import OPS, Sample, availability
+from diffkern.op import OPS, Sample
 from diffkern.testing import make
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffkern import use_backend
+from diffkern.available import availability, triton_interpreted
 from diffkern.models.blocks import Downsample
 from diffkern.models.folder import WEIGHTS, ModelError
 from diffkern.models.unet import UNet2D
-from diffkern.op import availability, triton_interpreted
 from diffkern.testing import ulp
 
 diffusers = pytest.importorskip("diffusers")

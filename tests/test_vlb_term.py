@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import diffkern
-from diffkern.op import use_backend
+from diffkern.backend import use_backend
 from diffkern.ops.vlb_term import BIN, C1, CLIP, K0, LOGVAR_MAX, LOGVAR_MIN, VAR, WIDTH, A, B
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffkern.op import OPS, Sample, use_backend
+from diffkern.backend import use_backend
+from diffkern.op import OPS, Sample
 from diffkern.testing import tensors
 
 KERNELS = sorted(name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends))

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from diffkern import options
+from diffkern.backend import BACKENDS
 from diffkern.bench import ops, record
 from diffkern.bench.cpus import pinned
 from diffkern.bench.rivals import named, rivals
 from diffkern.bench.shapes import MODELS, listed, ops_of
-from diffkern.op import BACKENDS, OPS
+from diffkern.op import OPS
 from diffkern.schedules import one_of
 
 KERNELS = tuple(name for name in BACKENDS if name != "reference")

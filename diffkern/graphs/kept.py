@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from diffkern import invariant
+from diffkern.backend import forced_backend
 from diffkern.graphs.looks import is_plain, tensors
 from diffkern.graphs.recorder import Recorder, Refused, Watch
-from diffkern.op import forced_backend
 
 LIMIT = 8  # graphs of a network, and recordings into one pool of memory
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from diffkern.available import availability
+from diffkern.backend import BackendError, use_backend
 from diffkern.graphs import kept
 from diffkern.graphs.calls import BEFORE, why_not
 from diffkern.graphs.looks import State, has_own_forward
@@ -24,7 +26,6 @@ from diffkern.integrations.modules.base import Accelerated, accelerated_class, b
 from diffkern.integrations.modules.networks import AlwaysNetwork, Network
 from diffkern.integrations.report import Report
 from diffkern.integrations.schedulers.fused import FusedScheduler
-from diffkern.op import BackendError, availability, use_backend
 from diffkern.samplers.step import placement
 
 # The versions of diffusers that this was tested with, the first and the last.

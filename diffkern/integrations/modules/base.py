@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkern.backend import use_backend
 from diffkern.graphs.calls import NAME
 from diffkern.models import blocks
-from diffkern.op import use_backend
 from diffkern.ops.conv2d import conv2d
 from diffkern.ops.linear import activate, linear
 from diffkern.ops.query_key_value import query_key_value

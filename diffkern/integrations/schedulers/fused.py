@@ -16,8 +16,8 @@ import torch
 from numpy.linalg import LinAlgError
 from torch import Tensor
 
+from diffkern.backend import forced_backend
 from diffkern.layout import accumulate
-from diffkern.op import forced_backend
 from diffkern.ops.randn import noise_keys
 from diffkern.ops.sampler_step import (
     MAKES_INPUT,
