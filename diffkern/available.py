@@ -30,9 +30,11 @@ def _has_gpu() -> bool:
 
 def availability(backend: str) -> str | None:
     """None when the backend can run on this machine at all, else the reason why not."""
+    if backend in native.LIBRARIES:
+        return native.why_not(backend)
     if backend == "triton":
         if not _triton_installed():
             return "triton is not installed (pip install 'diffkern[triton]')"
         if not triton_interpreted() and not _has_gpu():
             return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return native.why_not(backend) if backend in native.LIBRARIES else None
+    return None

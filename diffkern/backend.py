@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Backend:
     supports: Callable[..., bool | str] | None = None
     strided: bool = False
     defers: Callable[..., str | None] | None = None
+
+    @functools.cached_property
+    def on(self) -> frozenset[str]:
+        """The devices, to be compared with those of a call."""
+        return frozenset(self.devices)
 
     def __call__(self, *args: Any) -> Any:
         """Run it, on dense tensors if it does not read strides itself."""

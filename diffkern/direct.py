@@ -25,8 +25,10 @@ def convolve(
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
     if left != right or top != bottom:  # oneDNN could, PyTorch does not ask it to
         x, left, top = F.pad(x, sides), 0, 0
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(dtype).contiguous()  # oneDNN reads it as if it were
+    if dtype != given:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
     if quarters:
         y = _upsampled(x, weight, bias, dtype)
     else:
@@ -38,10 +40,10 @@ def convolve(
         )
         product = torch.ops.mkldnn._convolution_pointwise
         if dtype == given and add is None and residual is None:
-            return product(x, copy, bias, *place, "swish" if activation == "silu" else "none", [], "")
+            return product.default(x, copy, bias, *place, "swish" if activation == "silu" else "none", [], "")
         if dtype == given and add is None and activation == "none":
             return product.binary(x, residual, copy, bias, *place, "add", 1.0, None, [], None)
-        y = product(x, copy, bias, *place, "none", [], "").permute(0, 2, 3, 1).contiguous()
+        y = product.default(x, copy, bias, *place, "none", [], "").permute(0, 2, 3, 1).contiguous()
     out = y
     if dtype != given or activation != "none" or add is not None or residual is not None:
         out = y if dtype == given else torch.empty(y.shape, dtype=given)

@@ -91,3 +91,12 @@ def lay_side_by_side(parts: Sequence[Tensor]) -> None:
 def fast_dtype(dtype: torch.dtype) -> bool | str:
     """True for the dtypes that kernels take, else the reason why not."""
     return dtype in FAST_DTYPES or f"takes float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
+def of_one_dtype(x: Tensor, *others: Tensor | None) -> bool | str:
+    """True if all have the dtype of x, else the reason why kernels do not take them."""
+    dtype = x.dtype
+    for t in others:  # a generator would take twice the time
+        if t is not None and t.dtype is not dtype:
+            return "takes tensors of one dtype"
+    return True

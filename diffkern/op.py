@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from diffkern import invariant, native
 from diffkern.backend import BACKENDS, Backend, BackendError, devices_of, forced_backend
+from diffkern.dispatch import Plain
 
 OPS: dict[str, Op] = {}
-_EMPTY = inspect.Parameter.empty
 
 _LIBRARY = torch.library.Library("diffkern", "DEF")
 
@@ -81,11 +82,13 @@ class Op:
         self.fallback = Backend("reference", self.reference, strided=True)
         self.__doc__ = self.reference.__doc__
         self.signature = inspect.signature(self.reference)
-        self.defaults = tuple(p.default for p in self.signature.parameters.values())
-        self.mandatory = sum(default is _EMPTY for default in self.defaults)
-        self.positions = {name: i for i, name in enumerate(self.signature.parameters)}
-        given = self.signature.parameters.values()
-        self.required = [i for i, parameter in enumerate(given) if parameter.annotation == "Tensor"]
+        parameters = self.signature.parameters
+        self.positions = {name: i for i, name in enumerate(parameters)}
+        self.arity, self.plain = len(parameters), Plain(parameters.values())
+        self.required = [i for i, p in enumerate(parameters.values()) if p.annotation == "Tensor"]
+        # Binds arguments as Python does for a function, in as little time.
+        defaults = [p.default for p in parameters.values() if p.default is not p.empty]
+        self._arguments = namedtuple(self.name, parameters, defaults=defaults)  # type: ignore[misc]
         # Defaults are filled in by __call__: the dispatcher would drop trailing arguments that equal theirs.
         schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(self.reference, mutates_args=()))
         _LIBRARY.define(self.name + schema)
@@ -94,33 +97,26 @@ class Op:
         self.overload = getattr(torch.ops.diffkern, self.name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) < len(self.signature.parameters):
+        if kwargs or len(args) != self.arity:
             args = self.bind(*args, **kwargs)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self.check(*args)
             # Without a gradient of its own an op trains through its reference, which is differentiable and right.
             # Asked for None: whether a function is true, torch 2.11 cannot trace.
             return (self.reference if self.grad is None else self.grad)(*args)
-        return self.overload(*args)
+        devices = self.plain.devices(args)
+        return self.overload(*args) if devices is None else self._run(args, devices)
 
     def __repr__(self) -> str:
         return f"<op {self.name}: {', '.join(b.name for b in self.all_backends())}>"
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The full positional arguments of a call, defaults filled in. Raises TypeError as a Python function does."""
-        given = len(args)
-        values = [*args, *self.defaults[given:]]
-        for name, value in kwargs.items():
-            at = self.positions.get(name, -1)
-            if at < given:
-                break
-            values[at] = value
-        else:
-            # By identity: tensors that are asked whether they equal something take longer than all the rest.
-            if len(values) == len(self.defaults) and not any(v is _EMPTY for v in values[given : self.mandatory]):
-                return tuple(values)
-        self.signature.bind(*args, **kwargs)  # ten times slower, but it knows what to say
-        raise AssertionError("a call that Python would bind")
+        try:
+            return self._arguments(*args, **kwargs)
+        except TypeError:
+            self.signature.bind(*args, **kwargs)  # ten times slower, but it knows what to say
+            raise
 
     def backend(
         self,
@@ -176,23 +172,26 @@ class Op:
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend that a call with these arguments takes now. Raises BackendError if a forced one cannot."""
-        forced = forced_backend()
-        if forced is None:
-            # The devices first: they rule out most backends, and are asked for once.
-            on = devices_of(args)
-            for b in self.backends:
-                if not on.issubset(b.devices) or b.cannot(args) is not None or b.is_interpreted():
-                    continue
-                if b.why_defer(args) is None:
-                    return b
-            return self.fallback
-        for b in self.all_backends():
-            if b.name == forced:
+        return self._choose(args, devices_of(args))
+
+    def _choose(self, args: tuple[Any, ...], devices: Set[str]) -> Backend:
+        if (forced := forced_backend()) is not None:
+            return self._forced(forced, args)
+        for b in self.backends:  # the devices first: they rule out most
+            if not devices <= b.on or b.cannot(args) is not None or b.is_interpreted():
+                continue
+            if b.defers is None or b.defers(*args) is None:
+                return b
+        return self.fallback
+
+    def _forced(self, name: str, args: tuple[Any, ...]) -> Backend:
+        for b in (*self.backends, self.fallback):
+            if b.name == name:
                 if (reason := b.why_not(args)) is not None:
-                    raise BackendError(f"{self.name}: backend {forced!r} was forced but {reason}")
+                    raise BackendError(f"{self.name}: backend {name!r} was forced but {reason}")
                 return b
         have = ", ".join(b.name for b in self.all_backends())
-        raise BackendError(f"{self.name}: backend {forced!r} was forced but this op has only: {have}")
+        raise BackendError(f"{self.name}: backend {name!r} was forced but this op has only: {have}")
 
     def _fake(self, *args: Any) -> Any:
         """The reference, asked for shapes only. Beside a meta tensor PyTorch takes a real one for a meta one, and makes
@@ -203,10 +202,14 @@ class Op:
         return self.reference(*args)
 
     def _dispatch(self, *args: Any) -> Any:
+        """What PyTorch's dispatcher calls."""
         for i in self.required:  # a schema takes None for any tensor
             if args[i] is None:
                 raise TypeError(f"{self.name}: {list(self.positions)[i]} must be a tensor, got None")
-        chosen = self.choose(args)
+        return self._run(args, devices_of(args))
+
+    def _run(self, args: tuple[Any, ...], devices: Set[str]) -> Any:
+        chosen = self._choose(args, devices)
         if chosen.name not in native.LIBRARIES:
             self.check(*args)
         if self.invariantly is not None and invariant.is_on():

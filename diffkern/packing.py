@@ -50,11 +50,16 @@ def packed(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor])
     """The copy that `pack()` makes of one weight or of several, made again only when one of them has changed. `how`
     names all that the copy depends on beside the weights. A view, made anew in every call, is known by what it is a
     view of."""
-    if not _keeps() or any(w.is_inference() for w in weights):
+    if not _keeps():
         return pack()
-    key = (how, *[id(w) if w._base is None else _place(w) for w in weights])
+    places = [how]
+    for weight in weights:
+        if weight.is_inference():
+            return pack()
+        places.append(id(weight) if weight._base is None else _place(weight))
+    key = tuple(places)
     known = _kept.get(key)
-    if known is not None and all(k.is_still(w) for k, w in zip(known.weights, weights, strict=True)):
+    if known is not None and all(map(_Known.is_still, known.weights, weights)):
         return known.copy
     _keep_freed_memory()
     mapped = [torch.ops.diffkern_C.of_a_file(w) for w in weights]
@@ -87,7 +92,7 @@ def _place(view: Tensor) -> Hashable:
 
 
 def _stamp(weight: Tensor, mapped: bool) -> tuple[int, int]:
-    return weight._version, torch.ops.diffkern_C.fingerprint(weight, mapped)
+    return weight._version, torch.ops.diffkern_C.fingerprint.default(weight, mapped)
 
 
 @functools.cache

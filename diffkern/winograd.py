@@ -72,5 +72,7 @@ def convolve(
             weight if is_dense(weight) else weight.contiguous(), upsample, pixels
         ),
     )
-    bias, add = (None if t is None else t.contiguous() for t in (bias, add))
-    return torch.ops.diffkern_C.winograd(x, copy, len(weight), sides, bias, add, silu, residual, upsample, pixels)
+    bias = None if bias is None else bias.contiguous()
+    add = None if add is None else add.contiguous()
+    convolution, results = torch.ops.diffkern_C.winograd.default, weight.shape[0]
+    return convolution(x, copy, results, sides, bias, add, silu, residual, upsample, pixels)

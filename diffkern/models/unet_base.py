@@ -153,9 +153,11 @@ class UNet(nn.Module):
         """What the residual blocks add, their first bias included, or scale and shift by, given an embedding
         [B, time_dim]: side by side in the order of the blocks, [B, sum of their widths]."""
         emb = F.silu(embedding)  # every block applies it first: once is enough
-        weights, bias = [b.time_emb_proj.weight for b in self._resnets()], joined(self._biases("time_emb_proj"))
+        blocks = self._resnets()
+        layers = [b.time_emb_proj for b in blocks]
+        weights, bias = [layer.weight for layer in layers], joined([layer.bias for layer in layers])
         if self.config.resnet_time_scale_shift != "scale_shift":
-            bias = bias + joined(self._biases("conv1"))
+            bias = bias + joined([cast(Tensor, b.conv1.bias) for b in blocks])
         whole = side_by_side(weights)
         if whole is not None:
             return F.linear(emb, whole, bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffkern import direct, taps, winograd
 from diffkern.check import shaped, unfit
 from diffkern.invariant import apart
-from diffkern.layout import accumulate, fast_dtype, memory_format
+from diffkern.layout import accumulate, fast_dtype, memory_format, of_one_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.ops.linear import activate
 
@@ -20,8 +20,8 @@ from diffkern.ops.linear import activate
 def _sides(padding: Sequence[int] | None, weight: Tensor) -> tuple[int, int, int, int]:
     """Padding as F.pad takes it: left, right, top, bottom."""
     if padding is None:
-        height, width = weight.shape[2] // 2, weight.shape[3] // 2
-        return width, width, height, height
+        _, _, height, width = weight.shape
+        return width // 2, width // 2, height // 2, height // 2
     left, right, top, bottom = padding if len(padding) == 4 else (padding[0],) * 4
     return left, right, top, bottom
 
@@ -67,15 +67,14 @@ def _one_dtype(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,
 ) -> bool | str:  # fmt: skip
-    same = all(t is None or t.dtype == x.dtype for t in (weight, bias, add, residual))
-    return same or "takes tensors of one dtype"
+    return of_one_dtype(x, weight, bias, add, residual)
 
 
 def _supports(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,
 ) -> bool | str:  # fmt: skip
-    same = _one_dtype(x, weight, bias, stride, padding, add, residual, activation, upsample)
+    same = of_one_dtype(x, weight, bias, add, residual)
     return fast_dtype(x.dtype) if same is True else same
 
 
@@ -87,23 +86,24 @@ def _check(
     """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
     if x.dim() != 4:
         unfit("conv2d", "x", "[B, C, H, W]", x.shape)
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
-        unfit("conv2d", "weight", f"[N, {x.shape[1]}, R, S]", weight.shape)
+    batch, channels, height, width = x.shape
+    if weight.dim() != 4 or weight.shape[1] != channels:
+        unfit("conv2d", "weight", f"[N, {channels}, R, S]", weight.shape)
+    n, _, rows, columns = weight.shape
     if padding is not None and (len(padding) not in (1, 4) or min(padding) < 0):
         unfit("conv2d", "padding", "None, one number or four, 0 and above", list(padding))
     if stride < 1:
         unfit("conv2d", "stride", "1 and above", stride)
     if activation not in ("none", "silu"):
         unfit("conv2d", "activation", "none or silu", repr(activation))
-    shaped("conv2d", "bias", bias, weight.shape[0])
+    shaped("conv2d", "bias", bias, n)
     left, right, top, bottom = _sides(padding, weight)
-    height, width = (s * 2 if upsample else s for s in x.shape[2:])
-    if height + top + bottom < weight.shape[2] or width + left + right < weight.shape[3]:
-        unfit("conv2d", "x", f"at least as large as the kernel {list(weight.shape[2:])}", x.shape)
-    shape = [x.shape[0], weight.shape[0]]
-    shaped("conv2d", "add", add, *shape)
-    shape.append((height + top + bottom - weight.shape[2]) // stride + 1)
-    shape.append((width + left + right - weight.shape[3]) // stride + 1)
+    scale = 2 if upsample else 1
+    down, across = height * scale + top + bottom - rows, width * scale + left + right - columns
+    if down < 0 or across < 0:
+        unfit("conv2d", "x", f"at least as large as the kernel {[rows, columns]}", x.shape)
+    shaped("conv2d", "add", add, batch, n)
+    shape = [batch, n, down // stride + 1, across // stride + 1]
     shaped("conv2d", "residual", residual, *shape)
     return shape
 

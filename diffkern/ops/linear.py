@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.check import shaped, unfit
 from diffkern.invariant import apart, rows
-from diffkern.layout import accumulate, fast_dtype
+from diffkern.layout import accumulate, fast_dtype, of_one_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.packing import compute_dtype, packed
 
@@ -72,14 +72,13 @@ def linear(
 def _one_dtype(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> bool | str:
-    same = all(t is None or t.dtype == x.dtype for t in (weight, bias, residual, gate))
-    return same or "takes tensors of one dtype"
+    return of_one_dtype(x, weight, bias, residual, gate)
 
 
 def _supports(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None
 ) -> bool | str:
-    same = _one_dtype(x, weight, bias, activation, residual, gate)
+    same = of_one_dtype(x, weight, bias, residual, gate)
     return fast_dtype(x.dtype) if same is True else same
 
 
@@ -143,15 +142,17 @@ def multiply(
         residual = None if residual is None else residual.reshape(1, -1).expand(2, -1)
     rows = rows if rows.is_contiguous() else rows.contiguous()
     # The bias too: oneDNN reads one as if its numbers lay side by side.
-    bias, residual, gate = (t if t is None or t.is_contiguous() else t.contiguous() for t in (bias, residual, gate))
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    gate = None if gate is None else gate.contiguous()
     fused = dtype == x.dtype and gate is None
     if fused and residual is None and activation in _POST_OPS:
-        y = product(rows, copy, bias, *_POST_OPS[activation])
+        y = product.default(rows, copy, bias, *_POST_OPS[activation])
         return y[:1].view(shape) if alone else y
     if fused and residual is not None and activation == "none":
         y = product.binary(rows, residual, copy, bias, "add")
         return y[:1].view(shape) if alone else y
-    y = product(rows, copy, bias, *_POST_OPS["none"])
+    y = product.default(rows, copy, bias, *_POST_OPS["none"])
     y, residual = (y[:1], residual if residual is None else residual[:1]) if alone else (y, residual)
     out = torch.empty(shape, dtype=x.dtype) if dtype != x.dtype or activation in GATED else y
     torch.ops.diffkern_C.epilogue(out, y, None, _NUMBER[activation], gate, residual)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffkern.check import shaped, unfit
 from diffkern.invariant import apart, rows
-from diffkern.layout import accumulate, fast_dtype, joined
+from diffkern.layout import accumulate, fast_dtype, joined, of_one_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.ops.linear import multiply, pack
 from diffkern.packing import compute_dtype, packed
@@ -37,12 +37,8 @@ def query_key_value(
     return torch.stack(each, -2).to(x.dtype)
 
 
-def _one_dtype(x: Tensor, *parameters: Tensor | None) -> bool | str:
-    return all(t is None or t.dtype == x.dtype for t in parameters) or "takes tensors of one dtype"
-
-
 def _supports(x: Tensor, *parameters: Tensor | None) -> bool | str:
-    same = _one_dtype(x, *parameters)
+    same = of_one_dtype(x, *parameters)
     return fast_dtype(x.dtype) if same is True else same
 
 
@@ -98,7 +94,7 @@ def _(
     return kernel(x.contiguous(), weight, bias, "none", None, None).unflatten(-1, (3, q_weight.shape[0]))
 
 
-@query_key_value.backend("torch", devices=("cpu", "cuda"), supports=_one_dtype, strided=True)
+@query_key_value.backend("torch", devices=("cpu", "cuda"), supports=of_one_dtype, strided=True)
 def _(
     x: Tensor, q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, q_bias: Tensor | None, k_bias: Tensor | None,
     v_bias: Tensor | None,

@@ -1,0 +1,76 @@
+"""PyTorch's dispatcher, and which calls of an op can do without it: to a small kernel that is a third of its time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from operator import contains
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TYPES: dict[str, set[type]] = {
+    "Tensor": {Tensor, nn.Parameter},
+    "None": {NoneType},
+    "int": {int},
+    "float": {float},
+    "bool": {bool},
+    "str": {str},
+    "torch.dtype": {torch.dtype},
+    "list[int]": {list},
+    "Sequence[int]": {list},
+}
+_DEVICES = {
+    (False, False): frozenset[str](),
+    (True, False): frozenset({"cpu"}),
+    (False, True): frozenset({"cuda"}),
+    (True, True): frozenset({"cpu", "cuda"}),
+}
+# By their names: each is asked in every call.
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_is_profiled = torch.autograd._profiler_enabled
+
+
+class Plain:
+    """Knows the calls of an op in which the dispatcher would do nothing but to call it."""
+
+    def __init__(self, parameters: Iterable[inspect.Parameter]) -> None:
+        names = [p.annotation.split(" | ") for p in parameters]
+        self.types = [frozenset().union(*(_TYPES[name] for name in several)) for several in names]
+        self.tensors = [i for i, several in enumerate(names) if "Tensor" in several]
+        self.lists = [i for i, types in enumerate(self.types) if list in types]
+
+    def devices(self, args: tuple[Any, ...]) -> frozenset[str] | None:
+        """The devices of the tensors of such a call: nobody traces, transforms, watches or profiles it, each argument
+        has the very type that it is to have, and the tensors are real ones on a CPU or a GPU. None for another. Whether
+        an argument needs a gradient is the caller's to ask."""
+        if (
+            torch.compiler.is_compiling()
+            or _modes()
+            or _function_modes()
+            or _transform() is not None
+            or _trace() is not None
+            or _is_profiled()
+            or not all(map(contains, self.types, map(type, args)))
+        ):
+            return None
+        for i in self.lists:
+            if args[i] is not None and not all(type(n) is int for n in args[i]):
+                return None
+        cpu = cuda = False
+        for i in self.tensors:
+            t = args[i]
+            if t is None:
+                continue
+            if t.is_cpu:
+                cpu = True
+            elif t.is_cuda:
+                cuda = True
+            else:
+                return None
+            if t.is_neg():  # what its memory holds is still to be negated
+                return None
+        return _DEVICES[cpu, cuda]
