@@ -28,6 +28,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@functools.cache
 def availability(backend: str) -> str | None:
     """None when the backend can run on this machine at all, else the reason why not."""
     if backend in native.LIBRARIES:

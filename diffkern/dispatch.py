@@ -22,6 +22,7 @@ _TYPES: dict[str, set[type]] = {
     "list[int]": {list},
     "Sequence[int]": {list},
 }
+_INTEGERS = frozenset({int})
 _DEVICES = {
     (False, False): frozenset[str](),
     (True, False): frozenset({"cpu"}),
@@ -48,7 +49,7 @@ class Plain:
         has the very type that it is to have, and the tensors are real ones on a CPU or a GPU. None for another. Whether
         an argument needs a gradient is the caller's to ask."""
         if (
-            torch.compiler.is_compiling()
+            torch.compiler.is_dynamo_compiling()
             or _modes()
             or _function_modes()
             or _transform() is not None
@@ -58,7 +59,7 @@ class Plain:
         ):
             return None
         for i in self.lists:
-            if args[i] is not None and not all(type(n) is int for n in args[i]):
+            if args[i] is not None and not _INTEGERS.issuperset(map(type, args[i])):
                 return None
         cpu = cuda = False
         for i in self.tensors:

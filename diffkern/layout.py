@@ -50,12 +50,11 @@ def rows_of(table: Tensor, row: Tensor) -> Tensor:
 
 def dense(args: tuple[object, ...]) -> tuple[object, ...]:
     """What kernels are called with: every tensor dense, and in the layout of the first."""
-    layout, made = None, []  # a loop: generators would take twice the time, at every call of an op
-    for a in args:
+    layout, made = None, list(args)
+    for i, a in enumerate(args):  # a loop: generators would take twice the time, at every call of an op
         if isinstance(a, Tensor):
             layout = layout or memory_format(a)
-            a = a.contiguous(memory_format=layout) if a.dim() == 4 else a.contiguous()
-        made.append(a)
+            made[i] = a.contiguous(memory_format=layout) if a.dim() == 4 else a.contiguous()
     return tuple(made)
 
 

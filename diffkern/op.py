@@ -170,13 +170,12 @@ class Op:
         """The backends in order of preference. Interpreted Triton proves kernels, slowly: it comes last."""
         return sorted([*self.backends, self.fallback], key=Backend.is_interpreted)
 
-    def choose(self, args: tuple[Any, ...]) -> Backend:
-        """The backend that a call with these arguments takes now. Raises BackendError if a forced one cannot."""
-        return self._choose(args, devices_of(args))
-
-    def _choose(self, args: tuple[Any, ...], devices: Set[str]) -> Backend:
+    def choose(self, args: tuple[Any, ...], devices: Set[str] | None = None) -> Backend:
+        """The backend that a call with these arguments takes now. devices: those of the tensors among them, if they are
+        known. Raises BackendError if a forced one cannot."""
         if (forced := forced_backend()) is not None:
             return self._forced(forced, args)
+        devices = devices_of(args) if devices is None else devices
         for b in self.backends:  # the devices first: they rule out most
             if not devices <= b.on or b.cannot(args) is not None or b.is_interpreted():
                 continue
@@ -206,10 +205,10 @@ class Op:
         for i in self.required:  # a schema takes None for any tensor
             if args[i] is None:
                 raise TypeError(f"{self.name}: {list(self.positions)[i]} must be a tensor, got None")
-        return self._run(args, devices_of(args))
+        return self._run(args)
 
-    def _run(self, args: tuple[Any, ...], devices: Set[str]) -> Any:
-        chosen = self._choose(args, devices)
+    def _run(self, args: tuple[Any, ...], devices: Set[str] | None = None) -> Any:
+        chosen = self.choose(args, devices)
         if chosen.name not in native.LIBRARIES:
             self.check(*args)
         if self.invariantly is not None and invariant.is_on():

@@ -35,7 +35,9 @@ class _Known(NamedTuple):
     stamp: tuple[int, int]
 
     def is_still(self, weight: Tensor) -> bool:
-        return self.owner() is _owner(weight) and self.stamp == _stamp(weight, self.mapping is not None)
+        base = weight._base  # as in _owner, without a call
+        owner = weight if base is None else base
+        return self.owner() is owner and self.stamp == _stamp(weight, self.mapping is not None)
 
 
 class _Packed(NamedTuple):

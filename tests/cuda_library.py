@@ -47,9 +47,13 @@ def loaded(folder: Path) -> Iterator[None]:
                 pytest.skip(str(error))
             toolchain.build(library, made, library.with_suffix(".log"))
     torch.ops.load_library(str(library))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(native._reasons, "cuda", None)
-        for name in NAMES:
-            here = [dataclasses.replace(b, devices=("cpu",)) if b.name == "cuda" else b for b in OPS[name].backends]
-            patch.setattr(OPS[name], "backends", here)
-        yield
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(native._reasons, "cuda", None)
+            availability.cache_clear()
+            for name in NAMES:
+                here = [dataclasses.replace(b, devices=("cpu",)) if b.name == "cuda" else b for b in OPS[name].backends]
+                patch.setattr(OPS[name], "backends", here)
+            yield
+    finally:
+        availability.cache_clear()

@@ -94,9 +94,9 @@ def test_backend_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     used: set[str | None] = set()
     choose = Op.choose
 
-    def watch(op: Op, args: tuple[Any, ...]) -> Any:
+    def watch(op: Op, *args: Any) -> Any:
         used.add(forced_backend())
-        return choose(op, args)
+        return choose(op, *args)
 
     monkeypatch.setattr(Op, "choose", watch)
     diffkern.accelerate(model, backend="reference")

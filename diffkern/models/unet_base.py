@@ -157,7 +157,7 @@ class UNet(nn.Module):
         layers = [b.time_emb_proj for b in blocks]
         weights, bias = [layer.weight for layer in layers], joined([layer.bias for layer in layers])
         if self.config.resnet_time_scale_shift != "scale_shift":
-            bias = bias + joined([cast(Tensor, b.conv1.bias) for b in blocks])
+            bias = bias + joined(cast("list[Tensor]", [b.conv1.bias for b in blocks]))
         whole = side_by_side(weights)
         if whole is not None:
             return F.linear(emb, whole, bias)
