@@ -41,13 +41,14 @@ def batch_invariant() -> Iterator[None]:
         _on.reset(token)
 
 
-def apart(run: Callable[..., Tensor], *batches: Tensor | None) -> Tensor:
-    """run(*batches), for each sample alone. A batch is [B, ...]; None is passed on."""
+def apart(run: Callable[..., Any], *batches: Tensor | None) -> Any:
+    """run(*batches), one tensor or several, for each sample alone. A batch is [B, ...]; None is passed on."""
     n = len(next(t for t in batches if t is not None))
     if n <= 1:
         return run(*batches)
     # Copies: a sum may depend on how its numbers are aligned, and slices of a batch lie anywhere.
-    return torch.cat([run(*(None if t is None else t[i : i + 1].clone() for t in batches)) for i in range(n)])
+    made = [run(*(None if t is None else t[i : i + 1].clone() for t in batches)) for i in range(n)]
+    return torch.cat(made) if isinstance(made[0], Tensor) else tuple(map(torch.cat, zip(*made, strict=True)))
 
 
 def rows(run: Callable[..., Tensor], *matrices: Tensor | None) -> Tensor:

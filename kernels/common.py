@@ -1,4 +1,4 @@
-"""What the kernels share: the noise counter, and tiles over a sample in either layout.
+"""What the kernels share: the noise counter, moments, and tiles over a sample in either layout.
 
 FAST picks the GPU's approximate log2, sine and cosine: 28 instructions a normal where the exact ones take 129. The
 integers are the same; the normals differ by at most about 1e-5. The interpreter has no such instructions.
@@ -33,6 +33,14 @@ def grid(batch: int, chunks: int) -> tuple[int, int, int]:
 def sample_index():
     """The sample of this program of a `grid`; at or above the batch size for the last few. int64: it scales offsets."""
     return tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * _GRID_LIMIT
+
+
+@triton.jit
+def shifted_moments(n, shift, d, d2):
+    """Mean and sum of squared deviations per channel, from the deviations from `shift` of n pixels [pixels, channels].
+    With the shift the mean of a share s of them, rounding grows by 1 + 1 / s at most, whatever the data."""
+    rest = tl.sum(d, axis=0) / n
+    return shift + rest, tl.sum(d2, axis=0) - rest * rest * n
 
 
 @triton.jit

@@ -207,25 +207,29 @@ def _found(call: tuple[int, int, int, int, int, bool], arch: int) -> configs.Sha
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: tuple[int, int, int, int], add: Tensor | None,
-    residual: Tensor | None, activation: str, upsample: bool,
+    residual: Tensor | None, activation: str, upsample: bool, moments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """activation(conv2d(x) + bias + add) + residual. sides: the zeros on the left, right, top and bottom of x. x,
-    residual: contiguous or channels_last, which the result is too. None is empty."""
+    residual: contiguous or channels_last, which the result is too. None is empty. moments: for those of a channels_last
+    result, see `epilogue`."""
     call = _call(x, weight, upsample)
     shape = configs.on_trial("conv2d", lambda: facts(*call))
     shape = _found(call, configs.architecture(x.device)) if shape is None else shape
-    if not shape or why_not(x, weight, stride, sides, upsample):
-        return _by_library(x, weight, bias, stride, sides, add, residual, activation, upsample)
-    return fused(x, weight, bias, sides, add, residual, activation, upsample, Cut(**shape))
+    cut = None if not shape or why_not(x, weight, stride, sides, upsample) else Cut(**shape)
+    # Moments are those of runs of pixels, and a tile of the kernel is none: the pass behind the sums has them.
+    if cut is None or (moments is not None and cut.SPLITS == 1):
+        return _by_library(x, weight, bias, stride, sides, add, residual, activation, upsample, moments)
+    return fused(x, weight, bias, sides, add, residual, activation, upsample, cut, moments)
 
 
 def _by_library(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sides: tuple[int, int, int, int], add: Tensor | None,
-    residual: Tensor | None, activation: str, upsample: bool,
+    residual: Tensor | None, activation: str, upsample: bool, moments: Tensor | None,
 ) -> Tensor:  # fmt: skip
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     last, kernel = layout is torch.channels_last, tuple(weight.shape[2:])
-    if last and kernel == (1, 1) and stride == 1 and not any(sides) and not upsample and add is None:
+    bare = add is None and moments is None
+    if last and kernel == (1, 1) and stride == 1 and not any(sides) and not upsample and bare:
         around = None if residual is None else residual.permute(0, 2, 3, 1)
         return linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias, activation, around, None).permute(0, 3, 1, 2)
     if last and kernel == (3, 3) and stride == 1 and sides == (1, 1, 1, 1) and upsample:
@@ -235,18 +239,18 @@ def _by_library(
         size = (batch, 2 * height - 2, 2 * width - 2, n // 4)
         y = torch.empty(size, device=x.device, dtype=x.dtype)
         around = None if residual is None else residual.permute(0, 2, 3, 1)
-        epilogue(four.permute(0, 2, 3, 1), bias, add, activation, None, around, y, quarters=True)
+        epilogue(four.permute(0, 2, 3, 1), bias, add, activation, None, around, y, quarters=True, moments=moments)
         return y.permute(0, 3, 1, 2)
     x = F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
     left, right, top, bottom = sides
     if left != right or top != bottom:
         x, left, top = F.pad(x, sides), 0, 0
     y = F.conv2d(x, weight, None, stride, (top, left)).contiguous(memory_format=layout)
-    if bias is None and add is None and residual is None and activation == "none":
+    if bias is None and bare and residual is None and activation == "none":
         return y
     rows, around = y.permute(0, 2, 3, 1) if last else y, residual
     around = around.permute(0, 2, 3, 1) if last and around is not None else around
-    epilogue(rows, bias, add, activation, None, around, rows, pixels_first=last)
+    epilogue(rows, bias, add, activation, None, around, rows, pixels_first=last, moments=moments)
     return y
 
 
@@ -260,10 +264,10 @@ def _descriptor(x: Tensor, shape: list[int], block: list[int]) -> TensorDescript
 
 def fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, int, int, int], add: Tensor | None,
-    residual: Tensor | None, activation: str, upsample: bool, cut: Cut,
+    residual: Tensor | None, activation: str, upsample: bool, cut: Cut, moments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`conv2d` in one kernel, of stride 1; x channels_last, C a multiple of 8. upsample: of 3 x 3 taps with zeros on
-    each side."""
+    each side. moments: only of a cut with SPLITS."""
     left, right, top, bottom = sides
     batch, n, (channels, taps_y, taps_x) = len(x), len(weight), weight.shape[1:]
     height, width = x.shape[2] + top + bottom - taps_y + 1, x.shape[3] + left + right - taps_x + 1
@@ -291,5 +295,5 @@ def fused(
             enable_fp_fusion=True,
         )  # fmt: skip
     if cut.SPLITS > 1:
-        epilogue(part[0], bias, add, activation, None, around, y, splits=cut.SPLITS)
+        epilogue(part[0], bias, add, activation, None, around, y, splits=cut.SPLITS, moments=moments)
     return y.permute(0, 3, 1, 2)

@@ -5,6 +5,7 @@ Tiles are [pixels, channels] whatever the layout, with the strides as run-time n
 is read once (`_one_pass`). Else `_moments` writes the mean and the squared deviations of every chunk, and `_apply`
 folds the chunks of its groups in a fixed order, then normalises. How a sample is cut depends on its own shape only, so
 that a sample's result does not depend on its batch. The second moment is centred: nothing cancels far from zero.
+Where whoever made the inputs gives the moments of their channels, `pool` makes those of groups in place of `_moments`.
 """
 
 import functools
@@ -16,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, on_device, power_of_2
+from .common import cdiv, on_device, power_of_2, shifted_moments
+from .group_norm_moments import pool
 from .launch import remembered
 
 _TILE = 4096  # elements of a tile of the two-pass kernels
@@ -93,14 +95,6 @@ def _to_channels(per_group, member):
 
 
 @triton.jit
-def _shifted_moments(n, shift, d, d2):
-    """Mean and sum of squared deviations per channel, from the deviations from `shift` of n pixels [pixels, channels].
-    With the shift the mean of a share s of them, rounding grows by 1 + 1 / s at most, whatever the data."""
-    rest = tl.sum(d, axis=0) / n
-    return shift + rest, tl.sum(d2, axis=0) - rest * rest * n
-
-
-@triton.jit
 def _group_moments(n, mean, m2, member):
     """Fold per-channel moments, n elements each, into groups: (channels of the group here, mean, squares)."""
     width = tl.maximum(tl.sum(member.to(tl.float32), axis=0), 1.0)
@@ -146,7 +140,7 @@ def _one_pass(
     n = tl.cast(pixels, tl.float32)
     shift_by = tl.sum(x, axis=0) / n
     d = tl.where(inside, x - shift_by[None, :], 0.0)
-    mean, m2 = _shifted_moments(n, shift_by, d, d * d)
+    mean, m2 = shifted_moments(n, shift_by, d, d * d)
     width, mean, m2 = _group_moments(n, mean, m2, member)
     y = _normalise(x, mean, m2, width * n, eps, weight, bias, scale, shift, sample, first, c, c_mask, channels, member,
                    SILU)  # fmt: skip
@@ -181,7 +175,7 @@ def _moments(
         d += more
         d2 += more * more
     n = tl.minimum(left, PIXELS * TILES).to(tl.float32)
-    mean, m2 = _shifted_moments(n, shift, d, d2)
+    mean, m2 = shifted_moments(n, shift, d, d2)
     _, group_mean, group_m2 = _group_moments(n, mean, m2, member)
     g = tl.arange(0, group_mean.shape[0])
     chunks = tl.num_programs(1)
@@ -196,7 +190,7 @@ def _moments(
 def _apply(
     x_ptr, skip, add, y_ptr, partial, weight, bias, scale, shift, eps, own, channels, pixels, slabs, groups, half,
     PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    TILES: tl.constexpr, CHANNELS_LAST: tl.constexpr, ENTRIES: tl.constexpr, SILU: tl.constexpr,
+    TILES: tl.constexpr, CHANNELS_LAST: tl.constexpr, ENTRIES: tl.constexpr, POOLED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     # Backwards: what `_moments` read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -205,18 +199,25 @@ def _apply(
     sample = (program // slabs).to(tl.int64)
     group, _, first, c_mask, member = _slab(program % slabs, channels, PER_GROUP, GROUPS, PARTS, CHANNELS)
 
-    e = tl.arange(0, ENTRIES)[:, None]
-    g = tl.arange(0, member.shape[1])[None, :]
-    entry = (sample * groups + group + g) * (PARTS * chunks) + e
-    there = (e < PARTS * chunks) & (g < GROUPS) & (group + g < groups)
-    width = tl.minimum(PER_GROUP - e // chunks * CHANNELS, CHANNELS) if PARTS > 1 else PER_GROUP
-    height = tl.minimum(pixels - (e % chunks).to(tl.int64) * (PIXELS * TILES), PIXELS * TILES)
-    n = tl.where(there, (width * height).to(tl.float32), 0.0)
-    means = tl.load(partial + entry, there, other=0.0)
     count = tl.cast(pixels, tl.float32) * PER_GROUP
-    mean = tl.sum(n / count * means, axis=0)
-    delta = means - mean[None, :]
-    m2 = tl.sum(tl.load(partial + half + entry, there, other=0.0) + n * delta * delta, axis=0)
+    if POOLED:
+        g = tl.arange(0, member.shape[1])
+        entry = sample * groups + group + g
+        there = (g < GROUPS) & (group + g < groups)
+        mean = tl.load(partial + entry, there, other=0.0)
+        m2 = tl.load(partial + half + entry, there, other=0.0)
+    else:
+        e = tl.arange(0, ENTRIES)[:, None]
+        g = tl.arange(0, member.shape[1])[None, :]
+        entry = (sample * groups + group + g) * (PARTS * chunks) + e
+        there = (e < PARTS * chunks) & (g < GROUPS) & (group + g < groups)
+        width = tl.minimum(PER_GROUP - e // chunks * CHANNELS, CHANNELS) if PARTS > 1 else PER_GROUP
+        height = tl.minimum(pixels - (e % chunks).to(tl.int64) * (PIXELS * TILES), PIXELS * TILES)
+        n = tl.where(there, (width * height).to(tl.float32), 0.0)
+        means = tl.load(partial + entry, there, other=0.0)
+        mean = tl.sum(n / count * means, axis=0)
+        delta = means - mean[None, :]
+        m2 = tl.sum(tl.load(partial + half + entry, there, other=0.0) + n * delta * delta, axis=0)
 
     start = chunk.to(tl.int64) * (PIXELS * TILES)
     c = tl.arange(0, CHANNELS)
@@ -269,11 +270,13 @@ def _in_two(num_groups: int, pixels: int, channels: int, channels_last: bool) ->
 
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None, moments: Tensor | None,
+    skip_moments: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """silu(group_norm(cat(x, skip) + add) * (1 + scale) + shift); weight and bias, scale and shift both or neither."""
+    """silu(group_norm(cat(x, skip) + add) * (1 + scale) + shift); weight and bias, scale and shift both or neither.
+    moments: None, or those of x, see `epilogue`, and of skip if there is one."""
     if skip is not None and not skip.shape[1]:
-        skip = None
+        skip = skip_moments = None
     batch, own = x.shape[:2]
     channels = own + (0 if skip is None else skip.shape[1])
     channels_last = not x.is_contiguous()
@@ -290,11 +293,16 @@ def group_norm_silu(
         if shape is not None:
             _one_pass[(batch * num_groups,)](*source, y, *parameters, *sizes, num_groups, **shape, **flags, SILU=silu)
             return y
-        slabs, chunks, moments, shape = _in_two(num_groups, pixels, channels, channels_last)
-        entries = max(16, power_of_2(moments))
-        half = batch * num_groups * moments
+        slabs, chunks, of_group, shape = _in_two(num_groups, pixels, channels, channels_last)
+        pooled = moments is not None
+        entries = 1 if pooled else max(16, power_of_2(of_group))
+        half = batch * num_groups * (1 if pooled else of_group)
         partial = torch.empty(2 * half, device=x.device, dtype=torch.float32)
         launch, place = (batch * slabs, chunks), (*sizes, slabs, num_groups, half)
-        _moments[launch](*source, partial, *place, **shape, **flags)
-        _apply[launch](*source, y, partial, *parameters, *place, **shape, **flags, ENTRIES=entries, SILU=silu)
+        if moments is not None:
+            pool(moments, skip_moments, add, partial, *sizes, num_groups)
+        else:
+            _moments[launch](*source, partial, *place, **shape, **flags)
+        _apply[launch](*source, y, partial, *parameters, *place, **shape, **flags, ENTRIES=entries, POOLED=pooled,
+                       SILU=silu)  # fmt: skip
     return y

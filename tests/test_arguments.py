@@ -32,6 +32,10 @@ def qkv(**changes: Any) -> tuple[Any, ...]:
     return tuple({"x": X, **weights, **{f"{name}_bias": torch.ones(3) for name in "qkv"}, **changes}.values())
 
 
+def norm(**other) -> tuple:
+    return OPS["group_norm_silu"].bind(X, 2, **other)
+
+
 def conv(**other) -> tuple:
     args = {"x": X, "weight": torch.ones(3, 4, 3, 3), **other}
     return OPS["conv2d"].bind(**args)
@@ -105,6 +109,9 @@ WRONG = [
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, X[:, :, 0, 0][:, :3]), r"add must be \[2, 4\], got \[2, 3\]"),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, X[:1, :, 0, 0], X[:, :, 0, 0]), "scale must be "),
     ("group_norm_silu", (X, 2, None, None, 1e-5, True, None, None, None, X[..., :2]), "skip must have the dtype and"),
+    ("group_norm_silu", norm(moments=torch.ones(2, 5, 7)), r"moments must be \[2, 5, 8\], got \[2, 5, 7\]"),
+    ("group_norm_silu", norm(moments=torch.ones(2, 37, 8)), r"moments must be \[2, chunks of pixels, 8\], got"),
+    ("group_norm_silu", norm(moments=torch.ones(2, 5, 8), skip=X), "give the moments of x, and of skip if there is"),
     ("vlb_term", (X, X, X[:, :3], TERMS, ROW), r"model_output must have 4 or 8 channels .*got \[2, 3, 6, 6\]"),
     ("vlb_term", (X, X, X[:1], TERMS, ROW), r"model_output must have 4 or 8 channels .*\[2, 4, 6, 6\], got \[1, 4, "),
     ("vlb_term", (X, X[:, :3], X, TERMS, ROW), r"x_t must have batch 2 and otherwise the shape \[2, 4, 6, 6\]"),

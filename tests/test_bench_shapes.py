@@ -57,7 +57,9 @@ def test_calls_from_a_file_are_timed():
     assert row["sample"] == "x 2x5x24, weight 24, eps 1e-05"
     assert row["bytes"] == 2 * 2 * 5 * 24 * 4
 
-    x, groups, *_, skip = shapes.arguments(OPS["group_norm_silu"], calls["group_norm_silu"][0], "cpu", torch.bfloat16)
+    x, groups, *_, skip, _, _ = shapes.arguments(
+        OPS["group_norm_silu"], calls["group_norm_silu"][0], "cpu", torch.bfloat16
+    )
     assert x.shape == (2, 8, 4, 4)
     assert (x.dtype, groups, skip.shape) == (torch.bfloat16, 2, (2, 4, 4, 4))
     assert x.is_contiguous(memory_format=torch.channels_last)

@@ -22,8 +22,8 @@ READ = ("sm_80", "sm_90a")  # whose machine code is read
 ALSO = {"compute_80": ("sm_86", "sm_89"), "compute_90": ("sm_100", "sm_120")}
 REGISTERS, SHARED = 128, 48 * 1024
 TENSOR_CORES = {"attention": 255}  # registers: products wait for the tensor cores, not for other programs
-NO_TENSOR_READ = {"randn"}
-NO_TENSOR_WRITTEN = {"group_moments"}
+NO_TENSOR_READ = {"randn", "pool_moments"}
+NO_TENSOR_WRITTEN = {"group_moments", "pool_moments"}
 # Instructions of a turn of the loop, over the eight normals that a thread makes in it: torch's noise alone takes 129.
 PER_PRODUCT = 10  # instructions of the loop for a product of tiles, the softmax of its scores among them
 PER_NORMAL = {"randn<Half, true>": 21, "randn<BFloat16, true>": 21, "randn<float, true>": 21}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffkern.backend import use_backend
 from diffkern.op import OPS
+from diffkern.ops.conv2d_moments import moments_of
 from diffkern.testing import check, make
 
 pytestmark = pytest.mark.device
@@ -28,6 +29,9 @@ GROUPS: list[tuple[str, tuple[int, ...], int, dict[str, Any]]] = [
     ("one number at a time", (1, 15, 64, 65), 5, {"modulated": True, "add": True}),
     ("one number at a time, two slabs", (1, 770, 7, 5), 77, {"offset": 30.0}),
     ("the first pixel is far from the others", (1, 32, 24, 24), 4, {"outlier": 300.0}),
+    ("moments, more than threads", (2, 40, 24, 24), 4, ALL | {"offset": 30.0, "chunks": 25}),
+    ("moments, two slabs, the last narrower", (1, 4136, 4, 3), 47, {"add": True, "chunks": 5}),
+    ("moments, one number at a time", (2, 15, 13, 13), 15, {"modulated": True, "add": True, "chunks": 100}),
 ]
 WIDTHS = (512, 1000, 1152, 2048, 3072, 4096, 8192)  # one for each kernel
 
@@ -35,6 +39,7 @@ WIDTHS = (512, 1000, 1152, 2048, 3072, 4096, 8192)  # one for each kernel
 def group_norm_args(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype, parameters: torch.dtype,
     skip: int = 0, add: bool = False, modulated: bool = False, offset: float = 0.0, outlier: float = 0.0,
+    chunks: int = 0,
 ) -> tuple[Any, ...]:  # fmt: skip
     batch, own, *space = shape
     channels = own + skip
@@ -46,7 +51,8 @@ def group_norm_args(
     x[..., :1, :1] += outlier
     # Runs of pixels have moments of their own: pooled with a wrong weight, they must show.
     x += torch.linspace(0, 4, x[0, 0].numel(), device=DEVICE).view(space).to(dtype)
-    return x, groups, weight, bias, 1e-5, True, added, scale, shift, second
+    moments, of_skip = (moments_of(t, chunks) if chunks and t is not None else None for t in (x, second))
+    return x, groups, weight, bias, 1e-5, True, added, scale, shift, second, moments, of_skip
 
 
 def run(name: str, args: tuple[Any, ...]) -> Tensor:
@@ -67,6 +73,23 @@ def test_float32_and_parameters_of_another_dtype(offset):
     for dtype in (torch.float32, torch.float16):
         args = group_norm_args((2, 40, 32, 32), 4, dtype, torch.float32, add=True, modulated=True, offset=offset)
         check(OPS["group_norm_silu"], "cuda", args)
+
+
+def test_the_norm_takes_the_moments_that_it_is_given():
+    """Where these say that it is normalised already, it is left as it is; what does not fit is refused."""
+    x = make((2, 16, 5, 7), DEVICE, torch.float32, "channels_last") * 3 + 4
+    moments = torch.tensor([0.0, 35.0], device=DEVICE).repeat_interleave(16).expand(2, 1, 32).contiguous()
+    torch.testing.assert_close(run("group_norm_silu", norm(x, moments)), x, rtol=1e-5, atol=1e-5)
+    for wrong, sentence in (
+        (moments[:, :, 1:], r"moments must be \[2, 1, 32\], got \[2, 1, 31\]"),
+        (moments.expand(2, 36, 32), r"moments must be \[2, chunks of pixels, 32\], got \[2, 36, 32\]"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            run("group_norm_silu", norm(x, wrong.contiguous()))
+
+
+def norm(x: Tensor, moments: Tensor) -> tuple[Any, ...]:
+    return OPS["group_norm_silu"].bind(x, 4, silu=False, moments=moments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -27,8 +27,8 @@ ATTENTION = {"_attention", "_attention_to_few"}
 BY_TABLE = {*ATTENTION, "_conv2d", "_linear"}  # their shapes are by architecture: all shared memory that it has
 # All instructions of the program, over the normals that a thread makes: torch's Triton noise alone takes 129 a normal.
 PER_NORMAL = {"_randn": 33, "_add_noise": 38, "_reparameterize": 43}
-READS_NO_TENSOR = {"_randn", "_timestep_embedding", "_fold"}  # the last: a few numbers a sample
-WRITES_NO_TENSOR = {"_moments", "_terms", "_fold"}
+READS_NO_TENSOR = {"_randn", "_timestep_embedding", "_fold", "_pool"}  # the last two: a few numbers a sample
+WRITES_NO_TENSOR = {"_moments", "_terms", "_fold", "_pool"}
 
 
 def launched() -> set[str]:

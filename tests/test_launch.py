@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 # Python functions that a call of an op may run, from the op to Triton's launch and back: the present numbers and a few.
-FUNCTIONS = {"attention": 102, "layer_norm_modulate_backward": 86}
+FUNCTIONS = {"attention": 102, "conv2d_moments": 90, "layer_norm_modulate_backward": 86}
 MOST = 80  # of the others
 
 

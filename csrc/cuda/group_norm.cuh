@@ -27,6 +27,7 @@ struct GroupNorm {
 // its shape alone.
 struct GroupCut {
   int width, slabs, runs, threads;
+  int moments;  // of a group that `normalise` finds: one a run, or one of all where they are pooled before
   int parts;  // that the moments of runs are pooled into, each a thread a group
   int64_t length;
   uint32_t per_group;  // 2^32 / channels of a group, rounded up: a product is quicker than a division

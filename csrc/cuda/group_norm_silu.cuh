@@ -1,6 +1,6 @@
 // group_norm_silu, see diffkern/ops/group_norm_silu.py: `group_moments` reads what `normalise` reads again, from the
-// cache if that is large enough. How a sample is cut depends on its own shape only, so that its result does not depend
-// on its batch.
+// cache if that is large enough; or, where whoever made the inputs gave their moments, `pool_moments` reads those. How a
+// sample is cut depends on its own shape only, so that its result does not depend on its batch.
 #pragma once
 
 #include "chained.cuh"
@@ -88,6 +88,58 @@ __global__ void __launch_bounds__(kGroupThreads, 2) group_moments(GroupNorm p, G
   }
 }
 
+// The moments of channels that were given: [B, chunks, 2 channels of each input], of runs of `length` pixels the means,
+// then the squares about them.
+struct GivenMoments {
+  const float *x, *skip;
+  int chunks;
+  int64_t length;
+};
+
+constexpr int kPoolThreads = 256;  // of a block, which pools one group
+
+// partial: [B, slabs, groups of a slab].
+template <class T>
+__global__ void __launch_bounds__(kPoolThreads) pool_moments(GroupNorm p, GroupCut cut, GivenMoments given,
+                                                             Mean* partial) {
+  let_next_begin();
+  const int groups = p.channels / p.per_group, group = blockIdx.x % groups, first = group * p.per_group;
+  const int64_t sample = blockIdx.x / groups;
+  const int entries = given.chunks * p.per_group;
+  const auto entry = [&](int e) {
+    const int chunk = e / p.per_group, c = first + e - chunk * p.per_group;
+    const bool mine = c < p.own;
+    const int width = mine ? p.own : p.channels - p.own;
+    const float* at = (mine ? given.x : given.skip) + (sample * given.chunks + chunk) * 2 * width + c -
+                      (mine ? 0 : p.own);
+    const float added = p.add.data ? p.add.at<T>(sample * p.channels + c) : 0.0f;
+    const int64_t left = p.pixels - chunk * given.length;  // of a last chunk fewer, or none
+    const int64_t n = left < given.length ? (left < 0 ? 0 : left) : given.length;
+    return Moments{static_cast<float>(n), {at[0] + added, at[width]}};
+  };
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  // From the mean of the first 32, the same in all warps.
+  Pool pool(warp_sum(lane < entries ? entry(lane).of.mean : 0) / static_cast<float>(entries < 32 ? entries : 32));
+#pragma unroll 4
+  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+    const Moments m = entry(e);
+    pool.add(m.n, m.of);
+  }
+  pool.sum = warp_sum(pool.sum), pool.squares = warp_sum(pool.squares);
+  Mean* shared = reinterpret_cast<Mean*>(dynamic_shared());
+  if (lane == 0) {
+    shared[warp] = {pool.sum, pool.squares};
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < warps; ++w) {
+      pool.sum += shared[w].mean;
+      pool.squares += shared[w].squares;
+    }
+    partial[sample * cut.slabs * cut.groups(p) + group] = pool.of(static_cast<float>(p.pixels * p.per_group));
+  }
+}
+
 // silu((x + centre) * gain + offset), by channel.
 template <class T, int V>
 __global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, GroupCut cut, const Mean* partial) {
@@ -132,17 +184,17 @@ __global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, Group
 
   wait_for_last();
   Mean* pooled = reinterpret_cast<Mean*>(dynamic_shared());  // [parts, groups]: sums first, then moments in the first
-  const Mean* of_slab = partial + static_cast<int64_t>(here.unit) * cut.runs * groups;
+  const Mean* of_slab = partial + static_cast<int64_t>(here.unit) * cut.moments * groups;
   const float full = static_cast<float>(cut.length * p.per_group);
-  const float last = static_cast<float>((p.pixels - (cut.runs - 1) * cut.length) * p.per_group);
+  const float last = static_cast<float>((p.pixels - (cut.moments - 1) * cut.length) * p.per_group);
   const int there = here.width / p.per_group;
   for (int e = threadIdx.x; e < parts * groups; e += blockDim.x) {
     const int part = e / groups, g = e - part * groups;
     if (g < there) {
       Pool pool(of_slab[g].mean);
 #pragma unroll 4
-      for (int run = part; run < cut.runs; run += parts) {
-        pool.add(run + 1 < cut.runs ? full : last, of_slab[run * groups + g]);
+      for (int run = part; run < cut.moments; run += parts) {
+        pool.add(run + 1 < cut.moments ? full : last, of_slab[run * groups + g]);
       }
       pooled[e] = {pool.sum, pool.squares};
     }
@@ -155,7 +207,7 @@ __global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, Group
       pool.sum += pooled[part * groups + g].mean;
       pool.squares += pooled[part * groups + g].squares;
     }
-    const float n = full * static_cast<float>(cut.runs - 1) + last;
+    const float n = full * static_cast<float>(cut.moments - 1) + last;
     const Mean m = pool.of(n);
     pooled[g] = {m.mean, approx_reciprocal_sqrt(m.squares / n + p.eps)};
   }

@@ -31,7 +31,7 @@ def torch_reparameterize(mean: Tensor, logvar: Tensor, keys: Tensor, draw: int) 
 
 def torch_group_norm_silu(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None, *moments: Tensor | None,
 ) -> Tensor:  # fmt: skip
     x = x if skip is None else torch.cat([x, skip], dim=1)
     x = x if add is None else x + per_channel(add, x)

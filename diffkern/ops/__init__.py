@@ -3,6 +3,7 @@
 from diffkern.ops.add_noise import add_noise
 from diffkern.ops.attention import attention
 from diffkern.ops.conv2d import conv2d
+from diffkern.ops.conv2d_moments import conv2d_moments
 from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.group_norm_silu import group_norm_silu
 from diffkern.ops.group_norm_silu_backward import group_norm_silu_backward
@@ -23,6 +24,7 @@ __all__ = [
     "add_noise",
     "attention",
     "conv2d",
+    "conv2d_moments",
     "gate_residual_norm_modulate",
     "group_norm_silu",
     "group_norm_silu_backward",

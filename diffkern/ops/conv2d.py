@@ -4,6 +4,7 @@ nearest-neighbour upsampling in front of it, as 2 x 2 convolutions of the small 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def _one_dtype(
     return of_one_dtype(x, weight, bias, add, residual)
 
 
-def _supports(
+def supports(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,
 ) -> bool | str:  # fmt: skip
@@ -78,37 +79,41 @@ def _supports(
     return fast_dtype(x.dtype) if same is True else same
 
 
-@conv2d.checks
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
-    residual: Tensor | None, activation: str, upsample: bool,
+def check_conv2d(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None,
+    add: Tensor | None, residual: Tensor | None, activation: str, upsample: bool,
 ) -> list[int]:  # fmt: skip
     """The shape of the result. Raises RuntimeError with a sentence if the arguments do not fit together."""
     if x.dim() != 4:
-        unfit("conv2d", "x", "[B, C, H, W]", x.shape)
+        unfit(op, "x", "[B, C, H, W]", x.shape)
     batch, channels, height, width = x.shape
     if weight.dim() != 4 or weight.shape[1] != channels:
-        unfit("conv2d", "weight", f"[N, {channels}, R, S]", weight.shape)
+        unfit(op, "weight", f"[N, {channels}, R, S]", weight.shape)
     n, _, rows, columns = weight.shape
     if padding is not None and (len(padding) not in (1, 4) or min(padding) < 0):
-        unfit("conv2d", "padding", "None, one number or four, 0 and above", list(padding))
+        unfit(op, "padding", "None, one number or four, 0 and above", list(padding))
     if stride < 1:
-        unfit("conv2d", "stride", "1 and above", stride)
+        unfit(op, "stride", "1 and above", stride)
     if activation not in ("none", "silu"):
-        unfit("conv2d", "activation", "none or silu", repr(activation))
-    shaped("conv2d", "bias", bias, n)
+        unfit(op, "activation", "none or silu", repr(activation))
+    shaped(op, "bias", bias, n)
     left, right, top, bottom = _sides(padding, weight)
     scale = 2 if upsample else 1
     down, across = height * scale + top + bottom - rows, width * scale + left + right - columns
     if down < 0 or across < 0:
-        unfit("conv2d", "x", f"at least as large as the kernel {[rows, columns]}", x.shape)
-    shaped("conv2d", "add", add, batch, n)
+        unfit(op, "x", f"at least as large as the kernel {[rows, columns]}", x.shape)
+    shaped(op, "add", add, batch, n)
     shape = [batch, n, down // stride + 1, across // stride + 1]
-    shaped("conv2d", "residual", residual, *shape)
+    shaped(op, "residual", residual, *shape)
     return shape
 
 
-@conv2d.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
+@conv2d.checks
+def _check(*args: Any) -> list[int]:
+    return check_conv2d("conv2d", *args)
+
+
+@conv2d.backend("cpu", devices=("cpu",), supports=supports, strided=True)
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
     residual: Tensor | None, activation: str, upsample: bool,
@@ -130,11 +135,12 @@ def _(
 
 
 # cuDNN's convolution without a bias, which PyTorch would add in a pass of its own, and one pass for all that follows.
-@conv2d.backend("triton", devices=("cuda",), supports=_supports, strided=True)
-def _(
+@conv2d.backend("triton", devices=("cuda",), supports=supports, strided=True)
+def by_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int] | None, add: Tensor | None,
-    residual: Tensor | None, activation: str, upsample: bool,
+    residual: Tensor | None, activation: str, upsample: bool, moments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """moments: for those of the result, see `conv2d_moments`."""
     from diffkern.kernels.conv2d import conv2d as kernel
 
     if not x.numel() or not weight.numel():
@@ -143,7 +149,7 @@ def _(
     bias, add = (None if t is None else t.contiguous() for t in (bias, add))
     residual = None if residual is None else residual.contiguous(memory_format=layout)
     x = x.contiguous(memory_format=layout)
-    y = kernel(x, weight, bias, stride, _sides(padding, weight), add, residual, activation, upsample)
+    y = kernel(x, weight, bias, stride, _sides(padding, weight), add, residual, activation, upsample, moments)
     return y.contiguous(memory_format=layout)
 
 

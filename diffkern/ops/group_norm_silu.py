@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.check import refuse, shaped, unfit
 from diffkern.layout import accumulate, fast_dtype, memory_format, per_channel
 from diffkern.op import Cost, Sample, for_gpu, op
 from diffkern.ops.group_norm_silu_backward import check_group_norm, group_norm_silu_backward
@@ -26,13 +27,16 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    moments: Tensor | None = None,
+    skip_moments: Tensor | None = None,
 ) -> Tensor:
     """silu(group_norm(cat(x, skip) + add) * (1 + scale) + shift), each part left out if not given.
 
     x: [B, C1, ...], contiguous or channels_last. skip: [B, C2, ...], what a UNet joins to it; C = C1 + C2 is a multiple
     of num_groups. weight, bias: [C]. add: [B, C], such as a time embedding. scale, shift: [B, C], given together
-    (Dhariwal & Nichol 2021). Returns [B, C, ...] with the dtype and layout of x. Raises RuntimeError if num_groups does
-    not divide C or a shape is another."""
+    (Dhariwal & Nichol 2021). moments: [B, chunks, 2 C1], those of x as `conv2d_moments` gives them, and skip_moments,
+    [B, chunks, 2 C2], those of skip: they change nothing, but a kernel then reads its input once. Returns [B, C, ...]
+    with the dtype and layout of x. Raises RuntimeError if num_groups does not divide C or a shape is another."""
     acc = accumulate(x.dtype)
     u = x if skip is None else torch.cat([x, skip], dim=1)
     if add is not None:
@@ -48,14 +52,31 @@ def group_norm_silu(
 @group_norm_silu.checks
 def _(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None, moments: Tensor | None,
+    skip_moments: Tensor | None,
 ) -> None:  # fmt: skip
     check_group_norm("group_norm_silu", x, num_groups, weight, bias, add, scale, shift, skip)
+    _check_moments(x, skip, moments, skip_moments)
+
+
+def _check_moments(x: Tensor, skip: Tensor | None, moments: Tensor | None, skip_moments: Tensor | None) -> None:
+    if moments is None and skip_moments is None:
+        return
+    op = "group_norm_silu"
+    if moments is None or (skip is None) != (skip_moments is None):
+        refuse(op, "give the moments of x, and of skip if there is one, or none")
+    chunks = moments.shape[1] if moments.dim() == 3 else 0
+    if not 1 <= chunks <= max(1, x.shape[2:].numel()):
+        unfit(op, "moments", f"[{len(x)}, chunks of pixels, {2 * x.shape[1]}]", moments.shape)
+    shaped(op, "moments", moments, len(x), chunks, 2 * x.shape[1])
+    if skip is not None:
+        shaped(op, "skip_moments", skip_moments, len(x), chunks, 2 * skip.shape[1])
 
 
 def supports(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
-    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None,
+    add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None, moments: Tensor | None = None,
+    skip_moments: Tensor | None = None,
 ) -> bool | str:  # fmt: skip
     """What the kernels of the norm take, and those of its gradient."""
     if (weight is None) != (bias is None) or (scale is None) != (shift is None):
@@ -65,18 +86,22 @@ def supports(
             return "takes parameters in float32 or the dtype of x"
     if skip is not None and skip.dtype is not x.dtype:
         return "takes skip in the dtype of x"
+    if any(m is not None and m.dtype is not torch.float32 for m in (moments, skip_moments)):
+        return "takes moments in float32"
     return fast_dtype(x.dtype)
 
 
+_SKIP = 7  # where skip is behind num_groups
 _WIDEST = 320  # channels of a group that a block of the CUDA kernels takes
 
 
 def _supports_cuda(x: Tensor, num_groups: int, *rest: Any) -> bool | str:
     if memory_format(x) is not torch.channels_last:
         return "takes channels_last: Triton is faster on contiguous tensors"
-    if rest[-1] is not None and not rest[-1].is_contiguous(memory_format=torch.channels_last):
+    skip = rest[_SKIP]
+    if skip is not None and not skip.is_contiguous(memory_format=torch.channels_last):
         return "takes a skip in the layout of x"
-    channels = x.shape[1] + (0 if rest[-1] is None else rest[-1].shape[1])
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     if num_groups > 0 and channels > _WIDEST * num_groups:
         return f"takes at most {_WIDEST} channels a group"
     return supports(x, num_groups, *rest)
@@ -102,7 +127,9 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 
 @group_norm_silu.backend("cpu", devices=("cpu",), supports=supports)
 def _(x: Tensor, *rest: Any) -> Tensor:
-    return torch.ops.diffkern_C.group_norm_silu(x, *rest)
+    *norm, skip, moments, skip_moments = rest
+    _check_moments(x, skip, moments, skip_moments)  # and for no more: the picture is in the cache or it is not
+    return torch.ops.diffkern_C.group_norm_silu(x, *norm, skip)
 
 
 @group_norm_silu.gradient
@@ -110,7 +137,7 @@ class GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
                 silu: bool, *more: Tensor | None) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, *more)
+        ctx.save_for_backward(x, weight, bias, *more[:4])  # the moments are the input's, and have no gradient
         ctx.options = num_groups, eps, silu
         return group_norm_silu(x, num_groups, weight, bias, eps, silu, *more)
 
@@ -140,18 +167,22 @@ class GroupNormSiLU(torch.autograd.Function):
             like(dscale, scale),
             like(slope, shift),
             dskip,
+            None,
+            None,
         )
 
 
 @group_norm_silu.samples
 def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    from diffkern.ops.conv2d_moments import moments_of
     from diffkern.testing import make
 
     def sample(
         name: str, shape: tuple[int, ...], groups: int, layout: str, affine: bool = True, silu: bool = True,
         offset: float = 0.0, skip: int = 0, add: bool = False, modulated: bool = False, workload: bool = False,
+        chunks: int = 0,
     ) -> Sample:  # fmt: skip
-        """skip: channels of the second input."""
+        """skip: channels of the second input. chunks: that moments are given of, if any."""
 
         def args() -> tuple[object, ...]:
             batch, own, *space = shape
@@ -160,7 +191,8 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             scale, shift = (make((batch, own + skip), device, dtype, seed=s) if modulated else None for s in (4, 5))
             second = make((batch, skip, *space), device, dtype, layout, seed=6) if skip else None
             x = make(shape, device, dtype, layout) + offset
-            return x, groups, weight, bias, 1e-5, silu, added, scale, shift, second
+            moments, of_skip = (moments_of(t, chunks) if chunks and t is not None else None for t in (x, second))
+            return x, groups, weight, bias, 1e-5, silu, added, scale, shift, second, moments, of_skip
 
         return Sample(name, args, workload)
 
@@ -188,6 +220,13 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
                      modulated=True)  # fmt: skip
         yield sample(f"a large group with all, {layout}", (1, 11, 45, 41), 2, layout, skip=7, add=True, modulated=True)
     yield sample("a skip without spatial axis", (3, 44), 4, "contiguous", skip=20, add=True)
+    # Of what is too large for one pass; the last chunk is short, a group straddles the join, all is far from zero.
+    yield sample("moments, far from zero", (2, 18, 45, 41), 2, "channels_last", offset=200.0, chunks=7)
+    yield sample("moments of a skip inside a group", (2, 13, 45, 41), 2, "channels_last", skip=9, add=True,
+                 modulated=True, chunks=37)  # fmt: skip
+    yield sample("moments, contiguous", (2, 5, 61, 67), 1, "contiguous", skip=3, chunks=4)
+    yield sample("moments, a wide group", (1, 264, 9, 11), 1, "channels_last", affine=False, chunks=3)
+    yield sample("moments of a small picture", (2, 8, 5, 5), 4, "channels_last", chunks=2)
     for layout in ("contiguous", "channels_last"):
         yield sample(f"CIFAR UNet 16x16, {layout}", (8, 256, 16, 16), 32, layout, workload=True)
         yield sample(f"SD 1.5 UNet 16x16, {layout}", (2, 1280, 16, 16), 32, layout, workload=True)
@@ -208,10 +247,11 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         ("SDXL VAE 1024x1024", (1, 128, 1024, 1024), 0),
     ):
         yield for_gpu(sample(f"{name}, channels_last", shape, 32, "channels_last", skip=skip))
+    yield for_gpu(sample("SD 1.5 VAE 256x256, moments", (1, 256, 256, 256), 32, "channels_last", chunks=1024))
 
 
 @group_norm_silu.cost
 def _(x: Tensor, num_groups: int, *rest: Any) -> Cost:
-    silu, skip = rest[3], rest[7]
+    silu, skip = rest[3], rest[_SKIP]
     elements = x.numel() + (0 if skip is None else skip.numel())
     return Cost(bytes=2 * elements * x.element_size(), flops=(9 if silu else 5) * elements)
