@@ -3,6 +3,8 @@
     python benchmarks/tune.py --op attention                     # kernels/configs/sm_<architecture>.json
     python benchmarks/tune.py --op attention --seconds 60 --out sm_90.json
 
+What is decided may be how an op serves the next: `CHAINS` says what is timed then.
+
 A kernel that is tuned says in `tuning(*args, arch)` what its table tells calls apart by, and which shapes are worth a
 try, those of a twin in CUDA among them. Many processes compile them all; then one, alone on the device, checks each
 against the oracle and times it and PyTorch's own in turn, on the op's workloads. A kernel that reads where it must not
@@ -23,18 +25,25 @@ from typing import Any
 
 import diffkern.kernels
 import torch
+import torch.nn.functional as F
 from diffkern.kernels import configs
+from diffkern.kernels.conv2d_moments import pays
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkern.backend import use_backend
 from diffkern.bench import children, gpu, record
 from diffkern.op import OPS, Sample
+from diffkern.ops import conv2d, conv2d_moments, group_norm_silu
+from diffkern.ops.conv2d import compose
 from diffkern.testing import check
 
 DTYPE = torch.bfloat16
 EACH = 40.0  # seconds that a child may take for an item
 ROUNDS = 5
 SLOWER = 1.5  # times the fastest: what is slower in the first round is not timed again
+
+GROUPS = 32
 
 Item = tuple[str, str, list[configs.Shape]]  # op, sample, shapes
 
@@ -56,14 +65,40 @@ def plan(name: str, arch: int) -> dict[str, tuple[str, list[configs.Shape]]]:
     return found
 
 
+def convolution_and_norm(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *rest: Any) -> Tensor:
+    """As in the networks: with moments where they pay, or are tried."""
+    if pays(x, len(weight), stride, rest[-1]):
+        y, moments = conv2d_moments(x, weight, bias, stride, *rest)
+        return group_norm_silu(y, GROUPS, moments=moments)
+    return group_norm_silu(conv2d(x, weight, bias, stride, *rest), GROUPS)
+
+
+def plain_convolution_and_norm(*args: Any) -> Tensor:
+    return F.silu(F.group_norm(compose(*args), GROUPS))
+
+
+# What is timed in place of an op alone, by the backends that are chosen, and PyTorch's own.
+CHAINS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "conv2d_moments": (convolution_and_norm, plain_convolution_and_norm),
+}
+
+
 def run_in(name: str, shape: configs.Shape, call: Callable[[], Any]) -> Any:
     """The call, with one op's kernel in this shape; others that it calls have theirs."""
-    with configs.trying(lambda kernel, key: shape if kernel == name else None), use_backend(backend_of(shape)):
+    backend = "auto" if name in CHAINS else backend_of(shape)
+    with configs.trying(lambda kernel, key: shape if kernel == name else None), use_backend(backend):
         return call()
 
 
 def backend_of(shape: configs.Shape) -> str:
     return "cuda" if configs.CUDA in shape else "triton"
+
+
+def timed_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What is timed of an op, and PyTorch's own."""
+    if name in CHAINS:
+        return CHAINS[name]
+    return OPS[name].overload, next(b for b in OPS[name].backends if b.name == "torch")
 
 
 class Child:
@@ -110,10 +145,10 @@ class Child:
         return f"{spills} spills" if spills else None
 
     def time(self, name: str, args: tuple[Any, ...], shapes: dict[str, configs.Shape]) -> dict[str, Any]:
-        torch_own = next(b for b in OPS[name].backends if b.name == "torch")
+        ours, torch_own = timed_of(name)
 
         def bind(shape: configs.Shape) -> gpu.Bind:
-            return lambda *a: lambda: run_in(name, shape, lambda: OPS[name].overload(*a))
+            return lambda *a: lambda: run_in(name, shape, lambda: ours(*a))
 
         binds: dict[str, gpu.Bind] = {text: bind(shape) for text, shape in shapes.items()}
         binds["torch"] = lambda *a: lambda: torch_own(*a)

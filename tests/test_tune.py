@@ -95,6 +95,34 @@ def test_a_shape_is_checked_before_it_is_timed(monkeypatch):
     assert OPS["attention"].backends[-1].name == "torch"
 
 
+def test_moments_are_timed_with_the_norm_that_takes_them(monkeypatch):
+    """In the interpreter, with a clock that stands still."""
+    found = tune.plan("conv2d_moments", 90)
+    assert found["bytes 2, pixels 1024, channels 128"] == (
+        "CIFAR UNet 32x32, 1 picture", [{"MOMENTS": 0}, {"MOMENTS": 1}],
+    )  # fmt: skip
+    x, weight = (make(shape, "cpu", torch.bfloat16, "channels_last") for shape in ((2, 8, 6, 6), (64, 8, 3, 3)))
+    args = OPS["conv2d_moments"].bind(x, weight / 8)
+    monkeypatch.setattr(tune, "samples", lambda name, device: {"small": Sample("small", lambda: args, True)})
+    monkeypatch.setattr(tune.gpu, "sets_of", lambda args, moved: [args])
+    monkeypatch.setattr(tune.gpu, "interleave", interleave)
+    plain, given = tune.group_norm_silu, []
+
+    def norm(y, groups, moments=None):
+        given.append((moments is not None, plain(y, groups, moments=moments)))
+        return given[-1][1]
+
+    monkeypatch.setattr(tune, "group_norm_silu", norm)
+    shapes = [{"MOMENTS": 0}, {"MOMENTS": 1}]
+    answer = tune.Child(compiles=False).answer(("conv2d_moments", "small", shapes))
+    assert answer == {"{'MOMENTS': 0}": 1.0, "{'MOMENTS': 1}": 1.0, "torch": 1.0}
+    assert [asked for asked, _ in given] == [False, True] * 2
+    for _, y in given:
+        expected = tune.plain_convolution_and_norm(*args)
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    assert tune.best({"torch": 5.0, "{'MOMENTS': 0}": 3.0, "{'MOMENTS': 1}": 2.0}, shapes)[1]["shape"] == shapes[1]
+
+
 def interleave(binds, sets, rounds):
     for bind in binds.values():
         bind(*sets[0])()

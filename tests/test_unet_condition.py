@@ -9,7 +9,7 @@ import torch
 from prompted_unets import VARIANTS, inputs
 from safetensors.torch import load_file
 
-from diffkern.models.blocks import Upsample
+from diffkern.models.blocks import Picture, Upsample
 from diffkern.models.folder import WEIGHTS
 from diffkern.models.unet_condition import UNet2DCondition
 
@@ -122,4 +122,4 @@ def test_upsampling_to_a_size_is_that_of_the_rounded_one(n, size):
     x = torch.randn(2, 4, n, n)
     expected = up.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :size, :size])
     with torch.no_grad():
-        torch.testing.assert_close(up(x, torch.Size([size, size])), expected)
+        torch.testing.assert_close(up(Picture(x), torch.Size([size, size])).pixels, expected)

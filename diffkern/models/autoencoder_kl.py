@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffkern.layout import accumulate
 from diffkern.models import folder
-from diffkern.models.blocks import Attention, Downsample, ResnetBlock, Upsample, convolve, norm_silu
+from diffkern.models.blocks import Attention, Downsample, ResnetBlock, Upsample, convolve, normalised, picture
 from diffkern.ops.reparameterize import reparameterize
 
 EPS = 1e-6  # of all norms: no config value
@@ -145,11 +145,11 @@ class _Coder(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        x = convolve(self.conv_in, x)
+        h = picture(self.conv_in, x)
         # One loop over all layers: inside a call of a block its input would stay in memory until the block ends.
         for layer in (layer for block in self.blocks() for layer in block.layers()):
-            x = layer(x)
-        return convolve(self.conv_out, norm_silu(self.conv_norm_out, x))
+            h = layer(h)
+        return convolve(self.conv_out, normalised(self.conv_norm_out, h))
 
 
 class _Encoder(_Coder):

@@ -9,17 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkern.layout import lay_side_by_side
+from diffkern.available import triton_interpreted
+from diffkern.layout import lay_side_by_side, memory_format
 from diffkern.ops.attention import attention
 from diffkern.ops.conv2d import conv2d
+from diffkern.ops.conv2d_moments import conv2d_moments
 from diffkern.ops.group_norm_silu import group_norm_silu
 from diffkern.ops.linear import GATED, linear
 from diffkern.ops.query_key_value import query_key_value
 
 
+class Picture(NamedTuple):
+    """What goes from block to block: pixels [B, C, H, W], and their moments if the convolution that made them gave them
+    (`conv2d_moments`)."""
+
+    pixels: Tensor
+    moments: Tensor | None = None
+
+
 def norm_silu(norm: nn.GroupNorm, x: Tensor, silu: bool = True, **more: Tensor | None) -> Tensor:
-    """GroupNorm with the parameters of its module, then SiLU, in one op. more: the op's add, scale, shift and skip."""
+    """GroupNorm with the parameters of its module, then SiLU, in one op. more: the op's add, scale, shift, skip and
+    moments."""
     return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, **more)
+
+
+def normalised(norm: nn.GroupNorm, x: Picture, skip: Picture | None = None, silu: bool = True) -> Tensor:
+    """`norm_silu` of a picture, or of two that are joined, by their moments if all have them."""
+    if skip is None:
+        return norm_silu(norm, x.pixels, silu, moments=x.moments)
+    if x.moments is None or skip.moments is None:
+        return norm_silu(norm, x.pixels, silu, skip=skip.pixels)
+    return norm_silu(norm, x.pixels, silu, skip=skip.pixels, moments=x.moments, skip_moments=skip.moments)
 
 
 def convolve(
@@ -28,6 +48,27 @@ def convolve(
     """A convolution with the module's parameters and what follows it, in one op. padding: in place of the module's."""
     padding = [int(conv.padding[0])] if padding is None else padding
     return conv2d(x, conv.weight, conv.bias, conv.stride[0], padding, residual=residual, upsample=upsample)
+
+
+def picture(
+    conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None, upsample: bool = False, padding: list[int] | None = None
+) -> Picture:
+    """`convolve`, with the moments of the result for the norm behind it, where a table says that they pay."""
+    if not _pays(conv, x, upsample) or memory_format(x) is not torch.channels_last:
+        return Picture(convolve(conv, x, residual, upsample, padding))
+    padding = [int(conv.padding[0])] if padding is None else padding
+    given = conv2d_moments(x, conv.weight, conv.bias, conv.stride[0], padding, residual=residual, upsample=upsample)
+    return Picture(*given)
+
+
+def _pays(conv: nn.Conv2d, x: Tensor, upsample: bool) -> bool:
+    """Whether the moments of what a convolution makes spare more time than they take."""
+    # On a CPU none are asked for. What trains goes through the reference; what is compiled cannot ask what is tried.
+    if not (x.is_cuda or triton_interpreted()) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    from diffkern.kernels.conv2d_moments import pays
+
+    return pays(x, conv.out_channels, conv.stride[0], upsample)
 
 
 def project(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -97,26 +138,28 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Picture, time: Tensor | None = None, skip: Picture | None = None) -> Picture:
         """x: [B, C1, H, W]. skip: [B, C2, H, W], joined to it, or None; C1 + C2 = in_channels. time: what
         time_emb_proj makes of the embedding after SiLU: [B, out_channels], twice as wide with scale_shift, else with
         conv1's bias added; or None. Returns [B, out_channels, H, W]."""
         # A line for each op: inside a call of the next its input would stay in memory until that ends.
-        h = norm_silu(self.norm1, x, skip=skip)
+        h = normalised(self.norm1, x, skip)
         if time is None and not h.is_cuda:  # a convolution on a CPU adds its bias for nothing
             h = convolve(self.conv1, h)
             h = norm_silu(self.norm2, h)
         elif self.scale_shift and time is not None:
             scale, shift = time.chunk(2, dim=1)
-            h = convolve(self.conv1, h)
-            h = norm_silu(self.norm2, h, scale=scale, shift=shift)
+            h, moments = picture(self.conv1, h)
+            h = norm_silu(self.norm2, h, scale=scale, shift=shift, moments=moments)
         else:
-            # The bias is added where the norm reads: on a GPU a pass over the picture less.
-            add = cast(Tensor, self.conv1.bias).expand(len(x), -1) if time is None else time
+            # The bias is added where the norm reads: on a GPU a pass over the picture less. That pass would be the one
+            # that has the moments: the norm takes them itself, which reads no more.
+            add = cast(Tensor, self.conv1.bias).expand(len(h), -1) if time is None else time
             h = conv2d(h, self.conv1.weight)
             h = norm_silu(self.norm2, h, add=add)
-        h = convolve(self.conv2, F.dropout(h, self.dropout, self.training), self._shortcut(x, skip))
-        return h / self.output_scale if self.output_scale != 1 else h
+        around = self._shortcut(x.pixels, None if skip is None else skip.pixels)
+        y = picture(self.conv2, F.dropout(h, self.dropout, self.training), around)
+        return Picture(y.pixels / self.output_scale) if self.output_scale != 1 else y
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         conv = self.conv_shortcut
@@ -188,11 +231,11 @@ class Attention(TokenAttention):
         self.output_scale = output_scale
         self.group_norm = nn.GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Picture) -> Picture:  # type: ignore[override]
         """x: [B, C, H, W] -> [B, C, H, W]."""
-        tokens = tokens_of(norm_silu(self.group_norm, x, silu=False))
-        out = pixels_of(super().forward(tokens, residual=tokens_of(x)), x.shape[2:])
-        return out / self.output_scale if self.output_scale != 1 else out
+        tokens = tokens_of(normalised(self.group_norm, x, silu=False))
+        out = pixels_of(super().forward(tokens, residual=tokens_of(x.pixels)), x.pixels.shape[2:])
+        return Picture(out / self.output_scale if self.output_scale != 1 else out)
 
 
 class _Activation(nn.Module):
@@ -221,9 +264,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Picture) -> Picture:
         """Halves H and W. Padding 0 means one row and column of zeros at the end only, as in the DDPM weights."""
-        return convolve(self.conv, x, padding=None if self.conv.padding[0] else [0, 1, 0, 1])
+        return picture(self.conv, x.pixels, padding=None if self.conv.padding[0] else [0, 1, 0, 1])
 
 
 class Upsample(nn.Module):
@@ -231,8 +274,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(self, x: Picture, size: torch.Size | None = None) -> Picture:
         """Doubles H and W, or makes them `size`: that of a picture which halving had to round up."""
-        if size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
-            return convolve(self.conv, x, upsample=True)
-        return convolve(self.conv, F.interpolate(x, size, mode="nearest"))
+        height, width = x.pixels.shape[2:]
+        if size is None or tuple(size) == (2 * height, 2 * width):
+            return picture(self.conv, x.pixels, upsample=True)
+        return picture(self.conv, F.interpolate(x.pixels, size, mode="nearest"))

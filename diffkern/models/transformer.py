@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from diffkern.models.blocks import (
     Context,
     FeedForward,
+    Picture,
     TokenAttention,
     convolve,
-    norm_silu,
+    normalised,
     pixels_of,
     project,
     tokens_of,
@@ -53,13 +54,13 @@ class SpatialTransformer(nn.Module):
         )
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim) for _ in range(layers)])
 
-    def forward(self, x: Tensor, prompts: Iterator[Context]) -> Tensor:
+    def forward(self, x: Picture, prompts: Iterator[Context]) -> Picture:
         """x: [B, C, H, W]. prompts: what each block attends to, taken in the order of the blocks. Returns
         [B, C, H, W]."""
-        tokens = tokens_of(_pointwise(self.proj_in, norm_silu(self.norm, x, silu=False)))
+        tokens = tokens_of(_pointwise(self.proj_in, normalised(self.norm, x, silu=False)))
         for block in self.transformer_blocks:
             tokens = block(tokens, next(prompts))
-        return _pointwise(self.proj_out, pixels_of(tokens, x.shape[2:]), x)
+        return Picture(_pointwise(self.proj_out, pixels_of(tokens, x.pixels.shape[2:]), x.pixels))
 
 
 def _pointwise(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -17,11 +17,13 @@ from diffkern.models import folder
 from diffkern.models.blocks import (
     Downsample,
     Embedding,
+    Picture,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
     convolve,
-    norm_silu,
+    normalised,
+    picture,
 )
 from diffkern.models.unet_config import UNetConfig
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -39,7 +41,7 @@ class Level(nn.Module):
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def layer(self, i: int, x: Tensor, time: Tensor, skip: Tensor | None, given: Sequence[Any]) -> Tensor:
+    def layer(self, i: int, x: Picture, time: Tensor, skip: Picture | None, given: Sequence[Any]) -> Picture:
         x = self.resnets[i](x, time, skip)
         return self.attentions[i](x, *given) if self.attentions else x
 
@@ -51,7 +53,7 @@ class Middle(nn.Module):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
 
-    def forward(self, x: Tensor, times: Iterator[Tensor], given: Sequence[Any]) -> Tensor:
+    def forward(self, x: Picture, times: Iterator[Tensor], given: Sequence[Any]) -> Picture:
         x = self.resnets[0](x, next(times))
         for attention in self.attentions:
             x = attention(x, *given)
@@ -196,29 +198,29 @@ class UNet(nn.Module):
         down_residuals, mid_residual: what a ControlNet adds to the skips, first to last, and to the middle."""
         times = iter(conditioning.split(self.time_widths, dim=1))
         x = x.contiguous(memory_format=torch.channels_last)
-        x = convolve(self.conv_in, 2 * x - 1 if self.config.center_input_sample else x)
+        h = picture(self.conv_in, 2 * x - 1 if self.config.center_input_sample else x)
 
-        skips = [x]
+        skips = [h]
         for down in _levels(self.down_blocks):
             for i in range(len(down.resnets)):
-                x = down.layer(i, x, next(times), None, given)
-                skips.append(x)
+                h = down.layer(i, h, next(times), None, given)
+                skips.append(h)
             if down.downsamplers is not None:
-                x = down.downsamplers[0](x)
-                skips.append(x)
+                h = down.downsamplers[0](h)
+                skips.append(h)
         if down_residuals is not None:
             if len(down_residuals) != len(skips):
                 raise ValueError(f"this model takes {len(skips)} down_residuals, not {len(down_residuals)}")
-            skips = [skip + residual for skip, residual in zip(skips, down_residuals, strict=True)]
+            skips = [Picture(skip.pixels + residual) for skip, residual in zip(skips, down_residuals, strict=True)]
         if self.mid_block is not None:
-            x = self.mid_block(x, times, given)
-        x = x if mid_residual is None else x + mid_residual
+            h = self.mid_block(h, times, given)
+        h = h if mid_residual is None else Picture(h.pixels + mid_residual)
         for up in _levels(self.up_blocks):
             for i in range(len(up.resnets)):
-                x = up.layer(i, x, next(times), skips.pop(), given)
+                h = up.layer(i, h, next(times), skips.pop(), given)
             if up.upsamplers is not None:
-                x = up.upsamplers[0](x, skips[-1].shape[2:])
-        return convolve(self.conv_out, norm_silu(self.conv_norm_out, x))
+                h = up.upsamplers[0](h, skips[-1].pixels.shape[2:])
+        return convolve(self.conv_out, normalised(self.conv_norm_out, h))
 
     @classmethod
     def from_folder(
