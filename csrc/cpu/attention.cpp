@@ -4,16 +4,14 @@
 // Queries lie in the lanes of vectors, from their load to the result. So both products are one: rows of words (keys, or
 // channels of the values), each broadcast, times a panel of vectors; and the softmax is never a sum across lanes.
 // What is computed in which order depends on the sample's shape alone: neither threads nor the batch change a bit.
-#include "../common/math.h"
 #include "dense.h"
-#include "mask.h"
-#include "words.h"
+#include "softmax.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <functional>
 #include <optional>
+#include <vector>
 
 namespace diffkern {
 namespace {
@@ -22,6 +20,7 @@ constexpr const char* kOp = "diffkern::attention";
 constexpr int64_t kQueries = 64;    // in a block
 constexpr int64_t kDepth = 128;     // words of a score that are summed at once: one longer chain would lose digits
 constexpr int64_t kHeld = 1 << 18;  // words: the keys of a head, or its values, that stay in a cache
+constexpr int64_t kNear = 1 << 17;  // words: keys and values of all heads that stay in a nearer one
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
 static_assert(kKeys % 2 == 0);  // so that only the last key of all can be without a second one in its word
 
@@ -47,66 +46,32 @@ struct View {
   const T* at(int64_t b, int64_t s, int64_t h) const { return data + b * sample + s * token + h * head; }
 };
 
-// Up to V vectors of queries of one head, and their softmax so far.
-struct Panel {
-  float *query, *out;              // rows of V kLanes: words of the query, and the D channels of the result
-  float *highest, *total, *decay;  // [V kLanes]
-};
-
-// Scores [keys, V kLanes] to words of weights, under the highest score so far; `decay` is what that does to earlier
-// weights. Returns the number of rows of words.
-template <class W, int V>
-int64_t soften(const Panel& p, int64_t keys, float* scores) {
-  constexpr int64_t kWidth = V * kLanes;
-  for (; keys % W::kNumbers != 0; ++keys) {  // a key that is none weighs nothing
-    std::fill_n(scores + keys * kWidth, kWidth, kNone);
-  }
-  float highest[kWidth], shift[kWidth];
-  std::copy_n(p.highest, kWidth, highest);
-  for (int64_t k = 0; k < keys; ++k) {
-    for (int64_t j = 0; j < kWidth; ++j) {
-      const float score = scores[k * kWidth + j];
-      highest[j] = score > highest[j] ? score : highest[j];
-    }
-  }
-  for (int64_t j = 0; j < kWidth; ++j) {
-    shift[j] = highest[j] == kNone ? 0.0f : highest[j];  // all scores are -inf so far: their weights are zero, not NaN
-    p.decay[j] = fast_exp(p.highest[j] - shift[j]);
-    p.total[j] *= p.decay[j];
-    p.highest[j] = highest[j];
-  }
-  Vector total[V] = {};
-  alignas(sizeof(Vector)) float weights[W::kNumbers * kWidth];
-  for (int64_t k = 0; k < keys; k += W::kNumbers) {
-    for (int64_t i = 0; i < W::kNumbers; ++i) {
-      for (int64_t j = 0; j < kWidth; ++j) {
-        weights[i * kWidth + j] = fast_exp(scores[(k + i) * kWidth + j] - shift[j]);
-      }
-    }
-    for (int64_t v = 0; v < V; ++v) {
-      vector(scores + k / W::kNumbers * kWidth + v * kLanes) = W::join(weights + v * kLanes, kWidth, total[v]);
-    }
-  }
-  for (int64_t v = 0; v < V; ++v) {
-    vector(p.total + v * kLanes) += total[v];
-  }
-  return keys / W::kNumbers;
-}
-
+// A block of keys for a panel of queries. `mask`, if there is one, scales and masks the scores.
 template <class W, int V, class Masked>
-void attend(const Problem& p, const Panel& panel, int64_t keys, const typename W::Word* k, const typename W::Word* v,
-            float* scores, Masked mask) {
+void attend(const Problem& p, const Panel& panel, bool first, int64_t keys, const typename W::Word* k,
+            const typename W::Word* v, float factor, float* scores, const Masked* mask) {
   const auto vectors = [](float* x) { return reinterpret_cast<Vector*>(x); };
   const int64_t words = words_of<W>(p.dim);
+  Vector highest[V];
   for (int64_t i = 0; i < words; i += kDepth) {
-    const auto scaled = [&](Vector& to, Vector sum, int) { to = i == 0 ? sum * p.scale : to + sum * p.scale; };
-    product<V>(keys, k + i, p.apart(words), 1, vectors(panel.query) + i * V, std::min(kDepth, words - i), scaled,
+    std::fill_n(highest, V, Vector{} + kNone);
+    const auto summed = [&](Vector& to, Vector sum, int v) {
+      to = i == 0 ? sum : to + sum;
+      highest[v] = higher(to, highest[v]);
+    };
+    product<V>(keys, k + i, p.apart(words), 1, vectors(panel.query) + i * V, std::min(kDepth, words - i), summed,
                vectors(scores));
   }
-  mask();
-  const int64_t rows = soften<W, V>(panel, keys, scores);
+  if (mask) {
+    (*mask)();
+    std::fill_n(highest, V, Vector{} + kNone);
+    for (int64_t i = 0; i < keys * V; ++i) {
+      highest[i % V] = higher(vectors(scores)[i], highest[i % V]);
+    }
+  }
+  const int64_t rows = soften<W, V>(panel, keys, highest, factor, scores);
   const Vector* decay = vectors(panel.decay);
-  const auto added = [&](Vector& to, Vector sum, int v) { to = to * decay[v] + sum; };
+  const auto added = [&](Vector& to, Vector sum, int v) { to = first ? sum : to * decay[v] + sum; };
   product<V>(p.dim, v, 1, p.row(), vectors(scores), rows, added, vectors(panel.out));
 }
 
@@ -128,18 +93,32 @@ class Worker {
  public:
   Worker(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, const Mask& mask, T* out)
       : p_(p), q_(q), k_(k), v_(v), mask_(mask), out_(out), key_row_(p.apart(words_of<W>(p.dim))),
-        whole_(p.keys * key_row_ <= kHeld), held_(whole_ ? p.keys : kKeys), room_(room()),
-        query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())),
-        key_(room_.take<Word>(held_ * key_row_)), value_(room_.take<Word>(words_of<W>(held_) * p.row())),
+        whole_(p.keys * key_row_ <= kHeld), held_(whole_ ? p.keys : kKeys),
+        key_size_(held_ * key_row_), value_size_(words_of<W>(held_) * p.row()),
+        places_(whole_ && p.heads * (key_size_ + value_size_) <= kNear ? p.heads : 1), head_(places_, -1),
+        room_(room()), query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())),
+        key_(room_.take(places_ * key_size_)), value_(room_.take(places_ * value_size_)),
         scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)),
-        total_(room_.take(kQueries)), decay_(room_.take(kQueries)),
-        lines_(room_.take(kVectors * kLanes * p.row())), entries_(room_.take(kLanes * kKeys)) {}
+        total_(room_.take(kQueries)), decay_(room_.take(kQueries)), entries_(room_.take(kLanes * kKeys)),
+        negative_(!mask.data && p.scale < 0.0f),
+        factor_(static_cast<float>(mask.data ? kLog2e : std::abs(p.scale) * kLog2e)) {}
 
+  // The i-th block of queries of one head. If keys and values of all heads are held, it is the heads' turn before it is
+  // the next queries': those of all heads share cache lines.
+  void run(int64_t i) {
+    const int64_t blocks = (p_.queries + kQueries - 1) / kQueries, b = i / blocks / p_.heads;
+    places_ > 1 ? run(b, i % p_.heads, i / p_.heads % blocks * kQueries)
+                : run(b, i / blocks % p_.heads, i % blocks * kQueries);
+  }
+
+ private:
   // The queries of one head from `first` on.
   void run(int64_t b, int64_t h, int64_t first) {
-    if (whole_ && head_ != b * p_.heads + h) {
-      head_ = b * p_.heads + h;
-      gather(b, h, 0, p_.keys);
+    const int64_t place = h % places_;
+    float *key_words = key_ + place * key_size_, *value_words = value_ + place * value_size_;
+    if (whole_ && head_[place] != b * p_.heads + h) {
+      head_[place] = b * p_.heads + h;
+      gather(b, h, 0, p_.keys, key_words, value_words);
     }
     const int64_t queries = std::min(kQueries, p_.queries - first);
     for_each_panel(queries, [&](int64_t at, int64_t width, const Panel& panel) {
@@ -148,17 +127,18 @@ class Worker {
     for (int64_t key = 0; key < p_.keys; key += kKeys) {
       const int64_t keys = std::min(kKeys, p_.keys - key), at = whole_ ? key : 0;
       if (!whole_) {
-        gather(b, h, key, keys);
+        gather(b, h, key, keys, key_words, value_words);
       }
       for_each_panel(queries, [&](int64_t query, int64_t width, const Panel& panel) {
         const auto mask = [&] {
-          if (mask_.data) {
-            const auto apply = mask_.keeps ? &Mask::apply<bool> : &Mask::apply<T>;
-            (mask_.*apply)(b, h, first + query, queries - query, key, keys, width, scores_, entries_);
-          }
+          const auto apply = mask_.keeps ? &Mask::apply<bool> : &Mask::apply<T>;
+          (mask_.*apply)(b, h, first + query, queries - query, key, keys, width, p_.scale, scores_, entries_);
         };
-        const Word *k = key_ + at * key_row_, *v = value_ + at / W::kNumbers * p_.row();
-        with_vectors(width, [&]<int V>() { attend<W, V>(p_, panel, keys, k, v, scores_, mask); });
+        const auto* k = reinterpret_cast<const Word*>(key_words + at * key_row_);
+        const auto* v = reinterpret_cast<const Word*>(value_words + at / W::kNumbers * p_.row());
+        with_vectors(width, [&]<int V>() {
+          attend<W, V>(p_, panel, key == 0, keys, k, v, factor_, scores_, mask_.data ? &mask : nullptr);
+        });
       });
     }
     for_each_panel(queries, [&](int64_t at, int64_t width, const Panel& panel) {
@@ -166,21 +146,26 @@ class Worker {
     });
   }
 
- private:
   int64_t room() const {
-    return (2 * kQueries + kVectors * kLanes + words_of<W>(held_)) * p_.row() + held_ * key_row_ +
-           kKeys * (kVectors + 1) * kLanes + 3 * kQueries;
+    return 2 * kQueries * p_.row() + places_ * (key_size_ + value_size_) + kKeys * (kVectors + 1) * kLanes +
+           3 * kQueries;
   }
 
   // Keys and values lie a row here and a row there, often on a page each: they are brought together once for a block of
   // queries, or once for all queries of a head if they then stay in the cache.
-  void gather(int64_t b, int64_t h, int64_t first, int64_t keys) {
+  void gather(int64_t b, int64_t h, int64_t first, int64_t keys, float* key_words, float* value_words) const {
+    const int64_t dim = p_.dim;
     for (int64_t j = 0; j < keys; ++j) {
-      W::row(k_.at(b, first + j, h), key_ + j * key_row_, p_.dim);
+      const T* row = k_.at(b, first + j, h);
+      for (int64_t d = 0, word = 0; d < dim; d += kLanes * W::kNumbers, word += kLanes) {
+        vector(key_words + j * key_row_ + word) = W::row(row + d, dim - d);
+      }
     }
     for (int64_t j = 0; j < keys; j += W::kNumbers) {
-      const T* second = j + 1 < keys ? v_.at(b, first + j + 1, h) : nullptr;
-      W::zip(v_.at(b, first + j, h), second, value_ + j / W::kNumbers * p_.row(), p_.dim);
+      const T *one = v_.at(b, first + j, h), *other = j + 1 < keys ? v_.at(b, first + j + 1, h) : nullptr;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        vector(value_words + j / W::kNumbers * p_.row() + d) = W::zip(one + d, other ? other + d : nullptr, dim - d);
+      }
     }
   }
 
@@ -195,14 +180,18 @@ class Worker {
   void load(int64_t b, int64_t h, int64_t first, int64_t queries, int64_t width, const Panel& panel) {
     std::fill_n(panel.highest, width, kNone);
     std::fill_n(panel.total, width, 0.0f);
-    std::fill_n(panel.out, width * p_.dim, 0.0f);
-    for (int64_t j = 0; j < width; ++j) {
-      // Lanes that are no query repeat the last one: what they make is not stored.
-      W::row(q_.at(b, first + std::min(j, queries - 1), h), reinterpret_cast<Word*>(lines_ + j * p_.row()), p_.dim);
+    if (p_.keys == 0) {
+      std::fill_n(panel.out, width * p_.dim, 0.0f);
     }
     for (int64_t j = 0; j < width; j += kLanes) {
-      for (int64_t i = 0; i < words_of<W>(p_.dim); i += kLanes) {
-        transpose(lines_ + j * p_.row() + i, p_.row(), panel.query + i * width + j, width, std::identity());
+      for (int64_t d = 0, word = 0; d < p_.dim; d += kLanes * W::kNumbers, word += kLanes) {
+        // Lanes that are no query repeat the last one: what they make is not stored.
+        const auto row = [&](int64_t i) {
+          const T* query = q_.at(b, first + std::min(j + i, queries - 1), h);
+          const Vector words = W::row(query + d, p_.dim - d);
+          return negative_ ? W::negative(words) : words;
+        };
+        transpose(row, [&](int64_t i, Vector x) { vector(panel.query + (word + i) * width + j) = x; });
       }
     }
   }
@@ -211,11 +200,15 @@ class Worker {
     for (int64_t j = 0; j < queries; j += kLanes) {
       const Vector& total = vector(panel.total + j);
       const Vector share = 1.0f / (total == 0.0f ? Vector{} + 1.0f : total);  // no key: the result is zero already
+      T* out = out_ + ((b * p_.queries + first + j) * p_.heads + h) * p_.dim;
       for (int64_t d = 0; d < p_.dim; d += kLanes) {
-        transpose(panel.out + d * width + j, width, lines_ + d, p_.row(), [=](Vector x) { return x * share; });
-      }
-      for (int64_t i = 0; i < std::min(kLanes, queries - j); ++i) {
-        narrow(lines_ + i * p_.row(), out_ + ((b * p_.queries + first + j + i) * p_.heads + h) * p_.dim, p_.dim);
+        const auto channel = [&](int64_t i) { return vector(panel.out + (d + i) * width + j) * share; };
+        const auto row = [&](int64_t i, Vector x) {
+          if (i < queries - j) {
+            store_lanes(x, out + i * p_.heads * p_.dim + d, p_.dim - d);
+          }
+        };
+        transpose(channel, row);
       }
     }
   }
@@ -225,12 +218,14 @@ class Worker {
   const Mask& mask_;
   T* out_;
   int64_t key_row_;  // words
-  bool whole_;       // all keys and values of a head are held, those of `head_`
-  int64_t head_ = -1, held_;
+  bool whole_;       // all keys and values of a head are held
+  int64_t held_, key_size_, value_size_, places_;
+  std::vector<int64_t> head_;  // whose they are, of all samples, in each place
   Room room_;
-  float *query_, *result_;
-  Word *key_, *value_;
-  float *scores_, *highest_, *total_, *decay_, *lines_, *entries_;
+  float *query_, *result_, *key_, *value_;
+  float *scores_, *highest_, *total_, *decay_, *entries_;
+  bool negative_;  // queries change their sign, so that a factor of their scores is positive
+  float factor_;   // from scores to exponents of two
 };
 
 template <class T>
@@ -240,7 +235,7 @@ void run(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v,
   const auto some = [&](int64_t begin, int64_t end) {
     Worker<T> worker(p, q, k, v, mask, out);
     for (int64_t i = begin; i < end; ++i) {
-      worker.run(i / blocks / p.heads, i / blocks % p.heads, i % blocks * kQueries);
+      worker.run(i);
     }
   };
   torch::stable::parallel_for(0, all, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), some);

@@ -5,12 +5,11 @@
 #include "product.h"
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 
 namespace diffkern {
 
-constexpr int64_t kKeys = 96;  // in a block of scores
+constexpr int64_t kKeys = 64;  // in a block of scores
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // Entries of a mask, `step` apart: what they add to scores, in float32.
@@ -35,7 +34,7 @@ inline void entries(const bool* in, int64_t step, float* out, int64_t n) {
   step == 1 ? convert(std::integral_constant<int64_t, 1>()) : convert(step);
 }
 
-// Scores under such entries. Those of bool replace what they do not keep: it may be infinite or NaN.
+// Scores, scaled, under such entries. Those of bool replace what they do not keep: it may be infinite or NaN.
 template <class M>
 Vector masked(Vector score, Vector entry) {
   if constexpr (std::is_same_v<M, bool>) {
@@ -51,33 +50,34 @@ struct Mask {
   bool keeps = false;          // bool
   int64_t sample = 0, head = 0, query = 0, key = 0;
 
-  // Masks scores [keys, width] of one head: of `queries` queries from `first_query` on (lanes that are none repeat the
-  // last one) and of at most kKeys keys from `first_key` on. `room` is aligned and has kLanes rows of kKeys.
+  // Scales and masks scores [keys, width] of one head: of `queries` queries from `first_query` on (lanes that are none
+  // repeat the last one) and of at most kKeys keys from `first_key` on. `room` is aligned and has kLanes rows of kKeys.
   template <class M>
   void apply(int64_t b, int64_t h, int64_t first_query, int64_t queries, int64_t first_key, int64_t keys, int64_t width,
-             float* scores, float* room) const {
+             float scale, float* scores, float* room) const {
     const M* first = static_cast<const M*>(data) + b * sample + h * head + first_query * query + first_key * key;
     if (query == 0) {  // one row for all queries
       entries(first, key, room, keys);
       for (int64_t k = 0; k < keys; ++k) {
         for (int64_t j = 0; j < width; j += kLanes) {
           Vector& score = vector(scores + k * width + j);
-          score = masked<M>(score, Vector{} + room[k]);
+          score = masked<M>(score * scale, Vector{} + room[k]);
         }
       }
       return;
     }
-    alignas(sizeof(Vector)) float tile[kLanes * kLanes];
     for (int64_t j = 0; j < width; j += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
         entries(first + std::min(j + i, queries - 1) * query, key, room + i * kKeys, keys);
       }
       for (int64_t k = 0; k < keys; k += kLanes) {
-        transpose(room + k, kKeys, tile, kLanes, std::identity());
-        for (int64_t i = 0; i < std::min(kLanes, keys - k); ++i) {
-          Vector& score = vector(scores + (k + i) * width + j);
-          score = masked<M>(score, vector(tile + i * kLanes));
-        }
+        const auto apply_to = [&](int64_t i, Vector entry) {
+          if (k + i < keys) {
+            Vector& score = vector(scores + (k + i) * width + j);
+            score = masked<M>(score * scale, entry);
+          }
+        };
+        transpose([&](int64_t i) { return vector(room + i * kKeys + k); }, apply_to);
       }
     }
   }

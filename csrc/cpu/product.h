@@ -21,7 +21,7 @@ Vector pick(Vector a, Vector b, std::integer_sequence<int64_t, kWhich...>) {
 
 // Transposes a square of kLanes vectors: each round exchanges one bit of the row with that bit of the lane.
 template <int64_t kBit = kLanes / 2, int64_t... kLane>
-void transpose(Vector* x, std::integer_sequence<int64_t, kLane...> lanes) {
+[[gnu::always_inline]] inline void transpose(Vector* x, std::integer_sequence<int64_t, kLane...> lanes) {
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) {
     if ((i & kBit) == 0) {
@@ -35,18 +35,19 @@ void transpose(Vector* x, std::integer_sequence<int64_t, kLane...> lanes) {
   }
 }
 
-// A square of kLanes rows, `step` apart, to `out_step` apart and transposed, each vector as `f` makes it before that.
-template <class F>
-void transpose(const float* in, int64_t step, float* out, int64_t out_step, F f) {
+// A square of kLanes vectors, transposed: in(i) gives the i-th row, out(i, x) takes the i-th column. Inline: a call
+// would take the square through memory.
+template <class In, class Out>
+[[gnu::always_inline]] inline void transpose(In in, Out out) {
   Vector x[kLanes];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) {
-    x[i] = f(vector(in + i * step));
+    x[i] = in(i);
   }
   transpose(x, std::make_integer_sequence<int64_t, kLanes>());
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) {
-    vector(out + i * out_step) = x[i];
+    out(i, x[i]);
   }
 }
 

@@ -2,15 +2,11 @@
 // pairs of them, whose two products one instruction adds to a sum in float32: twice the rate.
 #pragma once
 
-#include "../common/dtype.h"
-#include "vector.h"
+#include "lanes.h"
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace diffkern {
 
@@ -19,18 +15,25 @@ template <class T>
 struct Singles {
   using Word = float;
   static constexpr int64_t kNumbers = 1;  // in a word
+  static constexpr int kDegree = 6;       // of the polynomial that a weight is worth
 
-  // A row of n numbers, to words of neighbours.
+  // A vector of words of n numbers that are neighbours, n > 0, or of as many as it holds; the others are zero.
+  static Vector row(const T* in, int64_t n) { return load_lanes(in, n); }
+
+  // The same of kNumbers rows, a number of each in a word.
+  static Vector zip(const T* first, const T*, int64_t n) { return load_lanes(first, n); }
+
+  // Rows of any length, to memory.
   static void row(const T* in, Word* out, int64_t n) { widen(in, out, n); }
-
-  // kNumbers rows of n numbers, to words of one number of each.
   static void zip(const T* first, const T*, Word* out, int64_t n) { widen(first, out, n); }
 
-  // kNumbers vectors of weights, `step` apart, to words; added to `total` as they will be multiplied, rounded or not, so
-  // that rounding cannot move the mean of the values.
-  static Vector join(const float* weights, int64_t, Vector& total) {
-    total += vector(weights);
-    return vector(weights);
+  static Vector negative(Vector words) { return -words; }
+
+  // kNumbers vectors of weights to one of words; added to `total` as they will be multiplied, rounded or not, so that
+  // rounding cannot move the mean of the values.
+  static Vector join(const Vector* weights, Vector& total) {
+    total += weights[0];
+    return weights[0];
   }
 };
 
@@ -48,6 +51,17 @@ inline void add_product(Vector& sum, Pair left, Vector right) {
 struct Pairs {
   using Word = Pair;
   static constexpr int64_t kNumbers = 2;
+  static constexpr int kDegree = 3;
+
+  static Vector row(const BFloat16* in, int64_t n) {
+    return (Vector)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, in);
+  }
+
+  // Where there is no second row, its numbers are zero.
+  static Vector zip(const BFloat16* first, const BFloat16* second, int64_t n) {
+    const __m512i low = (__m512i)load_lanes(first, n), high = second ? (__m512i)load_lanes(second, n) : __m512i{};
+    return (Vector)_mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+  }
 
   static void row(const BFloat16* in, Word* out, int64_t n) {
     if (n % 2 != 0) {
@@ -56,7 +70,6 @@ struct Pairs {
     std::memcpy(out, in, n / 2 * sizeof(Word));
   }
 
-  // Where there is no second row, its numbers are zero.
   static void zip(const BFloat16* first, const BFloat16* second, Word* out, int64_t n) {
     if (second == nullptr) {
       std::transform(first, first + n, out, [](BFloat16 a) { return Word{a.bits}; });
@@ -67,11 +80,15 @@ struct Pairs {
     }
   }
 
-  static Vector join(const float* weights, int64_t step, Vector& total) {
+  static Vector negative(Vector words) {
+    return (Vector)_mm512_xor_si512((__m512i)words, _mm512_set1_epi32(0x80008000));
+  }
+
+  static Vector join(const Vector* weights, Vector& total) {
     typedef int16_t Numbers __attribute__((vector_size(64)));
     const Numbers order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const auto numbers = (__m512i)_mm512_cvtne2ps_pbh(vector(weights + step), vector(weights));
+    const auto numbers = (__m512i)_mm512_cvtne2ps_pbh(weights[1], weights[0]);
     const auto words = (Vector)_mm512_permutexvar_epi16((__m512i)order, numbers);
     add_product(total, Pair{0x3f803f80}, words);  // twice one
     return words;
