@@ -127,7 +127,7 @@ def test_gradients_are_the_references():
 
 @pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
 @pytest.mark.parametrize("queries", [1, 15, 16, 17, 33, 48, 64, 65, 130])
-@pytest.mark.parametrize("keys", [1, 64, 65, 77, 200])
+@pytest.mark.parametrize("keys", [1, 64, 65, 77, 129, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_every_size(queries, keys, dtype):
     """Vectors of queries that are full or not, one block of keys or several, and a last key that has no second one."""
@@ -147,7 +147,7 @@ def test_keys_that_are_not_held_in_the_cache_at_once(dtype, around):
 
 @pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
 @pytest.mark.parametrize("dim", [8, 9, 31])
-@pytest.mark.parametrize("keys", [5, 64, 65, 127])
+@pytest.mark.parametrize("keys", [5, 128, 129, 255])
 def test_bfloat16_in_pairs(dim, keys):
     """Every key and every channel counts, and counts once: what the next key or channel holds does not."""
     q, k, v = qkv(1, 18, keys, 1, dim, torch.bfloat16)
@@ -165,9 +165,9 @@ def test_bfloat16_in_pairs(dim, keys):
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 1.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scale_of_any_sign(scale, dtype):
-    """The highest score is looked for before it is scaled; 65 keys: two blocks, and a key that has no second one."""
-    q, k, v = qkv(2, 70, 65, 3, 24, dtype)
-    mask = make((2, 3, 70, 65), "cpu", dtype, seed=3)
+    """The highest score is looked for before it is scaled; two blocks of keys, and one that is alone in its word."""
+    q, k, v = qkv(2, 70, 129, 3, 24, dtype)
+    mask = make((2, 3, 70, 129), "cpu", dtype, seed=3)
     for given in (None, mask, mask > 0):
         check(diffkern.op.OPS["attention"], "cpu", (q, k, v, scale, given))
 

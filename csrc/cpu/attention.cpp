@@ -18,11 +18,11 @@ namespace {
 
 constexpr const char* kOp = "diffkern::attention";
 constexpr int64_t kQueries = 64;    // in a block
+constexpr int64_t kRows = 64;       // of words of weights in a block, summed at once like the next
 constexpr int64_t kDepth = 128;     // words of a score that are summed at once: one longer chain would lose digits
 constexpr int64_t kHeld = 1 << 18;  // words: the keys of a head, or its values, that stay in a cache
 constexpr int64_t kNear = 1 << 17;  // words: keys and values of all heads that stay in a nearer one
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
-static_assert(kKeys % 2 == 0);  // so that only the last key of all can be without a second one in its word
 
 struct Problem {
   int64_t batch, queries, keys, heads, dim;
@@ -89,16 +89,18 @@ template <class T>
 class Worker {
   using W = Words<T>;
   using Word = typename W::Word;
+  static constexpr int64_t kBlock = kRows * W::kNumbers;  // keys: only the last of all can be alone in its word
+  static_assert(kBlock <= kKeys);
 
  public:
   Worker(const Problem& p, const View<T>& q, const View<T>& k, const View<T>& v, const Mask& mask, T* out)
       : p_(p), q_(q), k_(k), v_(v), mask_(mask), out_(out), key_row_(p.apart(words_of<W>(p.dim))),
-        whole_(p.keys * key_row_ <= kHeld), held_(whole_ ? p.keys : kKeys),
+        whole_(p.keys * key_row_ <= kHeld), held_(whole_ ? p.keys : kBlock),
         key_size_(held_ * key_row_), value_size_(words_of<W>(held_) * p.row()),
         places_(whole_ && p.heads * (key_size_ + value_size_) <= kNear ? p.heads : 1), head_(places_, -1),
         room_(room()), query_(room_.take(kQueries * p.row())), result_(room_.take(kQueries * p.row())),
         key_(room_.take(places_ * key_size_)), value_(room_.take(places_ * value_size_)),
-        scores_(room_.take(kKeys * kVectors * kLanes)), highest_(room_.take(kQueries)),
+        scores_(room_.take(kBlock * kVectors * kLanes)), highest_(room_.take(kQueries)),
         total_(room_.take(kQueries)), decay_(room_.take(kQueries)), entries_(room_.take(kLanes * kKeys)),
         negative_(!mask.data && p.scale < 0.0f),
         factor_(static_cast<float>(mask.data ? kLog2e : std::abs(p.scale) * kLog2e)) {}
@@ -124,8 +126,8 @@ class Worker {
     for_each_panel(queries, [&](int64_t at, int64_t width, const Panel& panel) {
       load(b, h, first + at, std::min(width, queries - at), width, panel);
     });
-    for (int64_t key = 0; key < p_.keys; key += kKeys) {
-      const int64_t keys = std::min(kKeys, p_.keys - key), at = whole_ ? key : 0;
+    for (int64_t key = 0; key < p_.keys; key += kBlock) {
+      const int64_t keys = std::min(kBlock, p_.keys - key), at = whole_ ? key : 0;
       if (!whole_) {
         gather(b, h, key, keys, key_words, value_words);
       }
@@ -147,8 +149,8 @@ class Worker {
   }
 
   int64_t room() const {
-    return 2 * kQueries * p_.row() + places_ * (key_size_ + value_size_) + kKeys * (kVectors + 1) * kLanes +
-           3 * kQueries;
+    return 2 * kQueries * p_.row() + places_ * (key_size_ + value_size_) + kBlock * kVectors * kLanes +
+           kKeys * kLanes + 3 * kQueries;
   }
 
   // Keys and values lie a row here and a row there, often on a page each: they are brought together once for a block of

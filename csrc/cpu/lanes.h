@@ -4,8 +4,6 @@
 #include "../common/dtype.h"
 #include "vector.h"
 
-#include <algorithm>
-
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -55,13 +53,15 @@ inline void store_lanes(Vector x, BFloat16* out, int64_t n) {
 template <class T>
 Vector load_lanes(const T* in, int64_t n) {
   Vector x = {};
-  widen(in, reinterpret_cast<float*>(&x), std::min(n, kLanes));
+  auto* lanes = reinterpret_cast<float*>(&x);
+  n < kLanes ? widen(in, lanes, n) : widen(in, lanes, kLanes);  // of a number that the compiler knows: in registers
   return x;
 }
 
 template <class T>
 void store_lanes(Vector x, T* out, int64_t n) {
-  narrow(reinterpret_cast<const float*>(&x), out, std::min(n, kLanes));
+  const auto* lanes = reinterpret_cast<const float*>(&x);
+  n < kLanes ? narrow(lanes, out, n) : narrow(lanes, out, kLanes);
 }
 
 #endif

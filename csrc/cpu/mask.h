@@ -9,7 +9,7 @@
 
 namespace diffkern {
 
-constexpr int64_t kKeys = 64;  // in a block of scores
+constexpr int64_t kKeys = 128;  // at most, in a block of scores
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // Entries of a mask, `step` apart: what they add to scores, in float32.

@@ -1,6 +1,6 @@
 // The softmax of attention over a block of scores that has queries in its lanes: from scores to the words of weights
-// that are multiplied, under a running maximum (Milakov & Gimelshein 2018). Powers are of two: that saves an exponential
-// of e the two parts of log2 e.
+// that are multiplied, under a running maximum (Milakov & Gimelshein 2018). Powers are of two: that saves the
+// exponential of e its two parts of log2 e.
 #pragma once
 
 #include "mask.h"
