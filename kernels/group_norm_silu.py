@@ -8,32 +8,15 @@ that a sample's result does not depend on its batch. The second moment is centre
 Where whoever made the inputs gives the moments of their channels, `pool` makes those of groups in place of `_moments`.
 """
 
-import functools
-from math import gcd
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, on_device, power_of_2, shifted_moments
+from .common import on_device, power_of_2, shifted_moments
+from .group_norm_cuts import at_once, in_two
 from .group_norm_moments import pool
 from .launch import remembered
-
-_TILE = 4096  # elements of a tile of the two-pass kernels
-_ONE_PASS = {1024: 4, 4096: 4, 16384: 16}  # elements that one program keeps in registers, with how many warps
-_CHUNKS = 256  # a group is cut into at most about this many: each program of `_apply` reads all their moments
-
-
-class _Cut(NamedTuple):
-    """How the channels are cut into slabs of whole groups, or each group into parts; compile-time."""
-
-    PER_GROUP: int
-    GROUPS: int  # in a slab
-    PARTS: int  # of a group
-    CHANNELS: int  # a power of two that holds a slab, or a part
-    PIXELS: int
 
 
 @triton.jit
@@ -232,42 +215,6 @@ def _apply(
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), inside)
 
 
-def _cut(per_group: int, pixels: int, channels: int, channels_last: bool) -> _Cut:
-    """The cut of the two-pass kernels: long runs of memory, and as few padded lanes as that allows."""
-    if not channels_last:  # a run is pixels of one channel
-        run = min(_TILE, max(16, 4 ** ((pixels - 1).bit_length() + 1 >> 1)))  # powers of four: few variants
-        width = min(_TILE // run, power_of_2(per_group))
-        return _Cut(per_group, 1, cdiv(per_group, width), width, run)
-    width = min(128, power_of_2(channels))
-    groups = max(1, width // per_group)
-    aligned = 8 // gcd(per_group, 8)  # groups that begin on 16 bytes
-    groups -= groups % aligned if groups > aligned else 0
-    parts = cdiv(per_group, width)
-    return _Cut(per_group, groups, parts, width, _TILE // width)
-
-
-@functools.lru_cache(1024)
-def _at_once(per_group: int, pixels: int) -> dict[str, Any] | None:
-    """The compile-time shape and warps of `_one_pass`, or None if a group is too large for it."""
-    width = power_of_2(per_group)
-    size = next((size for size in _ONE_PASS if width * power_of_2(pixels) <= size), None)
-    if size is None:
-        return None
-    return {**_Cut(per_group, 1, 1, width, size // width)._asdict(), "num_warps": _ONE_PASS[size]}
-
-
-@functools.lru_cache(1024)
-def _in_two(num_groups: int, pixels: int, channels: int, channels_last: bool) -> tuple[int, int, int, dict[str, Any]]:
-    """For the two passes: a sample's slabs, the chunks of each, the moments of a group, and the compile-time shape."""
-    cut = _cut(channels // num_groups, pixels, channels, channels_last)
-    most = max(1, _CHUNKS // cut.PARTS)
-    tiles = power_of_2(cdiv(cdiv(pixels, cut.PIXELS), most))
-    if cut.GROUPS > 1 and pixels > 64 * cut.PIXELS:
-        tiles = max(tiles, 2)  # folding many groups is worth it for a longer chunk only
-    chunks = cdiv(pixels, cut.PIXELS * tiles)
-    return cdiv(num_groups, cut.GROUPS) * cut.PARTS, chunks, cut.PARTS * chunks, {**cut._asdict(), "TILES": tiles}
-
-
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool,
     add: Tensor | None, scale: Tensor | None, shift: Tensor | None, skip: Tensor | None, moments: Tensor | None,
@@ -288,12 +235,12 @@ def group_norm_silu(
     source, sizes = (x, skip, add), (own, channels, pixels)
     parameters = (weight, bias, scale, shift, eps)
     flags = {"CHANNELS_LAST": channels_last, "enable_fp_fusion": True}
-    shape = _at_once(channels // num_groups, pixels)
+    shape = at_once(channels // num_groups, pixels)
     with on_device(x):
         if shape is not None:
             _one_pass[(batch * num_groups,)](*source, y, *parameters, *sizes, num_groups, **shape, **flags, SILU=silu)
             return y
-        slabs, chunks, of_group, shape = _in_two(num_groups, pixels, channels, channels_last)
+        slabs, chunks, of_group, shape = in_two(num_groups, pixels, channels, channels_last)
         pooled = moments is not None
         entries = 1 if pooled else max(16, power_of_2(of_group))
         half = batch * num_groups * (1 if pooled else of_group)

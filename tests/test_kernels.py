@@ -195,15 +195,26 @@ def test_elements_beyond_two_to_the_31(monkeypatch):
 @pytest.mark.parametrize(("shape", "groups"), [((2, 12, 9, 17), 4), ((1, 160, 2, 3), 16), ((2, 9, 5, 5), 3)])
 def test_group_norm_over_many_chunks(monkeypatch, layout, shape, groups):
     """Small limits bring the paths of large tensors to small ones: several tiles a chunk, chunks, slabs and parts."""
-    module = importlib.import_module("diffkern.kernels.group_norm_silu")
+    module = importlib.import_module("diffkern.kernels.group_norm_cuts")
     monkeypatch.setattr(module, "_ONE_PASS", {})
     monkeypatch.setattr(module, "_TILE", 128)
     x = make(shape, DEVICE, torch.float32, layout) + 50.0
     x.flatten()[0] = 1e3  # an outlier where the shift of the moments is taken
     weight, bias = (make(shape[1:2], DEVICE, torch.float32, seed=s) for s in (1, 2))
-    for chunks in (256, 2):
-        monkeypatch.setattr(module, "_CHUNKS", chunks)
-        check(OPS["group_norm_silu"], "triton", (x, groups, weight, bias, 1e-5, True))
+    try:
+        for chunks in (256, 2):
+            monkeypatch.setattr(module, "_CHUNKS", chunks)
+            forget(module)
+            check(OPS["group_norm_silu"], "triton", (x, groups, weight, bias, 1e-5, True))
+            assert module.in_two.cache_info().misses
+    finally:
+        forget(module)
+
+
+def forget(module) -> None:
+    """The cuts that were made by other limits."""
+    module.at_once.cache_clear()
+    module.in_two.cache_clear()
 
 
 @interpreted
@@ -229,7 +240,7 @@ def test_programs_may_run_in_any_order(name, monkeypatch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_group_norm_cuts_every_shape_completely(channels_last):
-    module = importlib.import_module("diffkern.kernels.group_norm_silu")
+    module = importlib.import_module("diffkern.kernels.group_norm_cuts")
     for per_group in (1, 3, 8, 10, 40, 127, 130, 2560):
         for groups in (1, 2, 32):
             for pixels in (1, 49, 1024, 1 << 20):
