@@ -59,9 +59,9 @@ def make_theirs(name: str):
     return model
 
 
-def inputs(model, height: int = 5, width: int = 3):
+def inputs(model, height: int = 5, width: int = 3, seed: int = 1):
     """Pictures and latents of a size, in latents; the pictures are not a multiple of it."""
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator().manual_seed(seed)
     c, factor = model.config, 2 ** (len(model.config.block_out_channels) - 1)
     x = torch.rand(3, c.in_channels, height * factor + 1, width * factor + factor // 2, generator=g) * 2 - 1
     return x, torch.randn(3, c.latent_channels, height, width, generator=g)
@@ -97,12 +97,16 @@ def test_bfloat16_is_as_right_as_diffusers(name, tmp_path):
     theirs = make_theirs(name).bfloat16()
     theirs.save_pretrained(tmp_path)
     ours = AutoencoderKL.from_folder(tmp_path, torch.bfloat16)
-    x, z = (t.bfloat16() for t in inputs(theirs))
-    exact = all_of(copy.deepcopy(ours).double(), x, z)
-    for i, (got, plain) in enumerate(zip(all_of(ours, x, z), all_of(theirs, x, z), strict=True)):
-        assert got.dtype == torch.bfloat16
-        ours_error, theirs_error = ((y.double() - exact[i]).square().mean() for y in (got, plain))
-        assert ours_error <= theirs_error
+    exact = copy.deepcopy(ours).double()
+    errors = torch.zeros(2, 3, dtype=torch.float64)  # of ours and theirs; mean, logvar, pictures
+    for seed in range(32):  # on a few of them either may be nearer by chance
+        x, z = (t.bfloat16() for t in inputs(theirs, seed=seed))
+        results = all_of(exact, x, z)
+        for i, model in enumerate((ours, theirs)):
+            for j, (got, right) in enumerate(zip(all_of(model, x, z), results, strict=True)):
+                assert got.dtype == torch.bfloat16
+                errors[i, j] += (got.double() - right).square().mean()
+    assert (errors[0] <= errors[1]).all()
 
 
 def test_writes_what_diffusers_reads(tmp_path):

@@ -168,7 +168,8 @@ def test_the_whole_suite_runs():
     done = subprocess.run([sys.executable, "-m", "diffkern.cli", *words], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     records = {path.stem: path for path in Path("here").glob("*/*.json")}
-    assert set(records) == {*(f"ops-{name}" for name in OPS), "end_to_end-vae-512-bfloat16", "cold_start"}
+    timed = set(OPS) - {"conv2d_moments"}  # which has no kernel for a CPU
+    assert set(records) == {*(f"ops-{name}" for name in timed), "end_to_end-vae-512-bfloat16", "cold_start"}
     for path in records.values():
         found = load(path)
         assert found is not None

@@ -145,7 +145,7 @@ def test_arguments_of_other_types_are_converted_or_refused_by_it(through):
     with pytest.raises(TypeError, match="weight must be a tensor, got None"):
         diffkern.conv2d(X, None)
     with pytest.raises(TypeError, match="too many positional arguments"):
-        diffkern.group_norm_silu(X, 2, *[None] * 9)
+        diffkern.group_norm_silu(X, 2, *[None] * NORM.arity)
 
 
 def test_compiled_and_exported_networks_keep_the_ops():

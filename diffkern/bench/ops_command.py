@@ -13,7 +13,7 @@ from diffkern.backend import BACKENDS
 from diffkern.bench import ops, record
 from diffkern.bench.cpus import pinned
 from diffkern.bench.rivals import named, rivals
-from diffkern.bench.shapes import MODELS, listed, ops_of
+from diffkern.bench.shapes import MODELS, has_kernel, listed, ops_of
 from diffkern.op import OPS
 from diffkern.schedules import one_of
 
@@ -61,9 +61,11 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if args.tiny and args.shapes is not None:
         raise ValueError("give --tiny or --shapes, not both")
-    have = ops_of(args.shapes)
+    have = ops_of(args.shapes, device.type)
     for name in args.op or ():
         one_of("op", name, OPS)
+        if not has_kernel(OPS[name], device.type):
+            raise ValueError(f"{name} has no kernel for {device.type}: nothing of it can be timed there")
         if name not in have:
             raise ValueError(f"{args.shapes} has no {name}: it has {', '.join(have)}")
     for name in args.backend or ():

@@ -43,9 +43,15 @@ def model_of(sample: Sample) -> str | None:
     return next(name for name, begins in MODELS.items() if sample.name.startswith(begins))
 
 
-def ops_of(shapes: str | None) -> list[str]:
-    """The ops that have something to time: those of a file, or all."""
-    return sorted(OPS if shapes is None or shapes in MODELS else load(Path(shapes)))
+def ops_of(shapes: str | None, device: str) -> list[str]:
+    """The ops that have something to time on a device: of those of a file, or of all, those with a kernel for it."""
+    names = OPS if shapes is None or shapes in MODELS else load(Path(shapes))
+    return sorted(name for name in names if has_kernel(OPS[name], device))
+
+
+def has_kernel(op: Op, device: str) -> bool:
+    """Whether one of an op's backends is for a device."""
+    return any(device in b.devices or (device == "cpu" and b.is_interpreted()) for b in op.backends)
 
 
 def workloads(op: Op, shapes: str | None, device: str, dtype: torch.dtype) -> Iterator[Sample]:
