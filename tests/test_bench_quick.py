@@ -34,8 +34,9 @@ def test_every_op_is_timed_quickly(tmp_path):
     command = ("diffkern.cli", "bench", "ops", "--quick", "--rounds", "2", "--device", "cpu", "--out", "here")
     out = run(*command, folder=tmp_path)
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("here/*/*.json")}
-    assert set(records) == {f"ops-{name}" for name in OPS}
-    for name, op in OPS.items():
+    timed = {name: op for name, op in OPS.items() if name != "conv2d_moments"}  # which has no kernel for a CPU
+    assert set(records) == {f"ops-{name}" for name in timed}
+    for name, op in timed.items():
         found = records[f"ops-{name}"]
         assert {"date", "versions", "devices", "threads", "commit", "command"} <= set(found["machine"])
         assert found["machine"]["command"].endswith("bench ops --quick --rounds 2 --device cpu")
