@@ -6,7 +6,7 @@ values. Those are for changes that PyTorch does not count, as in `weight.data +=
 are goes unseen. Tensors made in inference mode have no version counter: their copies are never kept.
 
 It costs the memory of the weights once more: twice that of 16-bit ones where this CPU computes them in float32, but for
-the 3 x 3 convolutions in Winograd's tiles of 4 x 4, which keep the weight's own type. oneDNN's convolutions have a copy
+the 3 x 3 convolutions in Winograd's larger tiles, which keep the weight's own type. oneDNN's convolutions have a copy
 for each size of picture they are given.
 DIFFKERN_PACK=0 keeps no copy at all: every call packs anew.
 

@@ -1,13 +1,13 @@
 """3 x 3 convolutions on the CPU by Winograd (Lavin & Gray 2016), in float32 whatever the dtype of the tensors.
 
 In tiles of 2 x 2 pixels it takes 16 multiplications for the 36 of the definition, or 9 for a picture that is doubled
-first, with about the error of oneDNN's own convolution. In tiles of 4 x 4 it takes 36 for 144, or 25, and its error,
-ten times as large, is still far below what 16-bit tensors can tell. Of the weight nine numbers are kept for nine, and
-the points that they do not tell are made in the cache.
+first, with about the error of oneDNN's own convolution. In tiles of 4 x 4 it takes 36 for 144, or 25, and in tiles of
+6 x 6 it takes 64 for 324, or 49: their errors, ten and twenty times as large, are still far below what 16-bit tensors
+can tell. Of the weight nine numbers are kept for nine, and the points that they do not tell are made in the cache.
 
 An infinity in x, like one that a sum overflows to, comes out as NaN in some of the pixels that see it: differences of
-infinities are taken on the way. In tiles of 4 x 4, what is not finite reaches the pixels of the tiles that see it, and
-a pixel far larger than its neighbours costs them digits: a millionth of it.
+infinities are taken on the way. In larger tiles, what is not finite reaches the pixels of the tiles that see it, and a
+pixel far larger than its neighbours costs them digits: a few millionths of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _measured() -> bool:
 def tile(
     weight: Tensor, stride: int, sides: tuple[int, ...], upsample: bool, size: tuple[int, int], dtype: torch.dtype
 ) -> int:
-    """The pixels on a side of a tile, 2 or 4, with which Winograd's way computes this convolution faster than oneDNN
+    """The pixels on a side of a tile, 2, 4 or 6, with which Winograd's way computes this convolution faster than oneDNN
     does in `compute_dtype`, or 0 where it does not. size: H' and W'. The batch has no say: a sample alone must come out
     as it does in a batch."""
     n, channels, *kernel = weight.shape
@@ -55,21 +55,30 @@ def tile(
     # won back by 16 tiles whatever the weights, by 4 where those are few. It has not been timed against AMX.
     many = min(size) >= 8 and (weights <= 1 << 17 or pixels >= 256)
     if (many or weights <= 1 << 12) and not (native and torch.cpu._is_amx_tile_supported()):
-        return 4
+        return 6 if _larger_pays(size, upsample) else 4
     return 0 if native else 2
+
+
+def _larger_pays(size: tuple[int, int], upsample: bool) -> bool:
+    """Whether tiles of 6 x 6 have so much fewer points than those of 4 x 4, with what lies beyond the picture's edges,
+    that it shows in the time. Of fewer than nine tiles the points of the weights take what is won."""
+    points = {pixels: (pixels + 1 if upsample else pixels + 2) ** 2 for pixels in (4, 6)}
+    four, six = (points[pixels] * -(-size[0] // pixels) * -(-size[1] // pixels) for pixels in (4, 6))
+    return size[0] * size[1] >= 256 and six <= 0.93 * four
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, sides: tuple[int, ...], add: Tensor | None,
     residual: Tensor | None, silu: bool, upsample: bool, pixels: int,
 ) -> Tensor:  # fmt: skip
-    """The arguments of diffkern.conv2d, x and residual channels_last, in tiles of `pixels` x `pixels`, 2 or 4. Returns
-    [B, N, H', W'], channels_last."""
+    """The arguments of diffkern.conv2d, x and residual channels_last, in tiles of 2 x 2, 4 x 4 or 6 x 6 pixels.
+    Returns [B, N, H', W'], channels_last."""
+    kept = min(pixels, 4)  # one copy for both larger tiles
     copy = packed(
         [weight],
-        ("winograd", upsample, pixels),
+        ("winograd", upsample, kept),
         lambda: torch.ops.diffkern_C.winograd_weight(
-            weight if is_dense(weight) else weight.contiguous(), upsample, pixels
+            weight if is_dense(weight) else weight.contiguous(), upsample, kept
         ),
     )
     bias = None if bias is None else bias.contiguous()

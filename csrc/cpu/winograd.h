@@ -1,5 +1,5 @@
-// Winograd's F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) (Lavin & Gray 2016): their transforms, their product, and how their
-// weights are kept.
+// Winograd's convolutions (Lavin & Gray 2016), in the forms of winograd_forms.h: their transforms, their product, and
+// how their weights are kept.
 //
 // A tile is M x M pixels of the result. It sees a patch of pixels, which a transform turns into points: sums and
 // differences of pixels. At each point the sum over channels is a matrix product, of tiles and weights; a second
@@ -7,7 +7,7 @@
 // and one line of points would be zero and is left out.
 #pragma once
 
-#include "vector.h"
+#include "winograd_forms.h"
 
 #include <algorithm>
 #include <array>
@@ -46,124 +46,12 @@ void with_vectors(int64_t width, F f) {
   width == kLanes ? f.template operator()<1>() : f.template operator()<2>();
 }
 
-// M x M pixels at a time, of a picture as it is or doubled. Multiplications of a channel, for those of the definition:
-// 16 for 36 and 36 for 144; doubled 9 for 36 and 25 for 144.
-template <int M, bool kDoubled>
-struct Form {
-  static constexpr int kPixels = M;                                      // of a line of a tile
-  static constexpr int kPatch = kDoubled ? M / 2 + 2 : M + 2;            // of a line that it is made from
-  static constexpr int kPoints = kDoubled ? M + 1 : M + 2;               // on a line
-  static constexpr int kStep = kDoubled ? M / 2 : M;                     // from patch to patch
-  static constexpr int kArea = kPoints * kPoints;
-
-  // Which line of points the i-th of the three is whose points are kept, in tiles of 2 x 2.
-  static constexpr int line(int i) { return i == 2 ? kPoints - 1 : i; }
-};
-
-// f.operator()<Form>() with the form of tiles of `pixels` x `pixels`, 2 or 4.
-template <class F>
-auto with_form(int64_t pixels, bool doubled, F f) {
-  if (pixels == 2) {
-    return doubled ? f.template operator()<Form<2, true>>() : f.template operator()<Form<2, false>>();
-  }
-  return doubled ? f.template operator()<Form<4, true>>() : f.template operator()<Form<4, false>>();
-}
-
-// Whether the nine numbers that are kept of a kernel are points, in float32, from which the others follow by additions.
-// In 4 x 4 tiles they would be twice as large as 16-bit weights: those are kept as they are, and to make their points
-// takes 3 to 6 % of the time of a block of tiles.
-constexpr bool keeps_points(int64_t pixels) { return pixels == 2; }
-
-// A line of a patch to a line of points.
-inline void enter(Form<2, false>, const Vector* x, int step, Vector* out, int to) {
-  out[0] = x[0] - x[2 * step];
-  out[to] = x[step] + x[2 * step];
-  out[2 * to] = x[2 * step] - x[step];
-  out[3 * to] = x[step] - x[3 * step];
-}
-
-inline void enter(Form<2, true>, const Vector* x, int step, Vector* out, int to) {
-  out[0] = x[0] - x[step];
-  out[to] = x[step];
-  out[2 * to] = x[step] - x[2 * step];
-}
-
-inline void enter(Form<4, false>, const Vector* x, int step, Vector* out, int to) {
-  const Vector a = x[0], b = x[step], c = x[2 * step], d = x[3 * step], e = x[4 * step], f = x[5 * step];
-  const Vector even = e - 4 * c, odd = d - 4 * b, far = e - c, twice = 2 * (d - b);
-  out[0] = 4 * a - 5 * c + e;
-  out[to] = even + odd;
-  out[2 * to] = even - odd;
-  out[3 * to] = far + twice;
-  out[4 * to] = far - twice;
-  out[5 * to] = 4 * b - 5 * d + f;
-}
-
-// The above of a, b, b, c, c, d: the third point is zero, and the two after it are multiples of one difference.
-inline void enter(Form<4, true>, const Vector* x, int step, Vector* out, int to) {
-  const Vector a = x[0], b = x[step], c = x[2 * step], d = x[3 * step];
-  out[0] = 4 * a - 5 * b + c;
-  out[to] = 2 * c - 8 * b;
-  out[2 * to] = 3 * (c - b);
-  out[3 * to] = b - c;
-  out[4 * to] = 4 * b - 5 * c + d;
-}
-
-// A line of points to pixels.
-inline void leave(Form<2, false>, const Vector* x, int step, Vector* out, int to) {
-  out[0] = x[0] + x[step] + x[2 * step];
-  out[to] = x[step] - x[2 * step] - x[3 * step];
-}
-
-inline void leave(Form<2, true>, const Vector* x, int step, Vector* out, int to) {
-  out[0] = x[0] + x[step];
-  out[to] = x[step] - x[2 * step];
-}
-
-inline void leave(Form<4, false>, const Vector* x, int step, Vector* out, int to) {
-  const Vector even = x[step] + x[2 * step], odd = x[step] - x[2 * step];
-  const Vector far = x[3 * step] + x[4 * step], twice = 2 * (x[3 * step] - x[4 * step]);
-  out[0] = x[0] + even + far;
-  out[to] = odd + twice;
-  out[2 * to] = even + 4 * far;
-  out[3 * to] = odd + 4 * twice + x[5 * step];
-}
-
-inline void leave(Form<4, true>, const Vector* x, int step, Vector* out, int to) {
-  const Vector far = x[2 * step] + x[3 * step], twice = 2 * (x[2 * step] - x[3 * step]);
-  out[0] = x[0] + x[step] + far;
-  out[to] = x[step] + twice;
-  out[2 * to] = x[step] + 4 * far;
-  out[3 * to] = x[step] + 4 * twice + x[4 * step];
-}
-
-// Three numbers of a line of the kernel to its points, in tiles of 4 x 4. A product with a float32 near 1/6 or 1/24 is
-// exact where the quotient is.
-inline void weigh(Form<4, false>, const Vector* x, int step, Vector* out, int to) {
-  const Vector a = x[0], b = x[step], c = x[2 * step];
-  out[0] = a * 0.25f;
-  out[to] = (a + c + b) * (-1.0f / 6);
-  out[2 * to] = (a + c - b) * (-1.0f / 6);
-  out[3 * to] = (a + 4 * c + 2 * b) * (1.0f / 24);
-  out[4 * to] = (a + 4 * c - 2 * b) * (1.0f / 24);
-  out[5 * to] = c;
-}
-
-inline void weigh(Form<4, true>, const Vector* x, int step, Vector* out, int to) {
-  const Vector a = x[0], b = x[step], c = x[2 * step];
-  out[0] = a * 0.25f;
-  out[to] = (a + c + b) * (-1.0f / 6);
-  out[2 * to] = (a + 4 * c + 2 * b) * (1.0f / 24);
-  out[3 * to] = (a + 4 * c - 2 * b) * (1.0f / 24);
-  out[4 * to] = c;
-}
-
 using Kernel = std::array<const float*, 9>;  // its numbers as they are kept, of as many results as are asked for
 
 // A vector of results, `at` in each row of the kernel: the points that are not kept, which lie `step` apart.
-template <bool kDoubled>
-void weigh_all(Form<4, kDoubled> form, const Kernel& kernel, int64_t at, float* out, int64_t step) {
-  constexpr int kPoints = Form<4, kDoubled>::kPoints;
+template <class F>
+void weigh_all(F form, const Kernel& kernel, int64_t at, float* out, int64_t step) {
+  constexpr int kPoints = F::kPoints;
   Vector half[3 * kPoints];
 #pragma GCC unroll 3
   for (int i = 0; i < 3; ++i) {
@@ -174,11 +62,11 @@ void weigh_all(Form<4, kDoubled> form, const Kernel& kernel, int64_t at, float* 
     }
     weigh(form, x, 1, half + i, 3);
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int i = 0; i < kPoints; ++i) {
     Vector y[kPoints];
     weigh(form, half + 3 * i, 1, y, 1);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int j = 0; j < kPoints; ++j) {
       vector(out + (i * kPoints + j) * step) = y[j];
     }
@@ -211,20 +99,20 @@ void transform(const std::array<const float*, N>& pixel, int64_t n, float* out, 
   constexpr int kPatch = F::kPatch, kPoints = F::kPoints;
   for (int64_t c = 0; c < n; c += kLanes) {
     Vector half[kPatch * kPoints];  // a row of points of each column of the patch
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < kPatch; ++i) {
       Vector x[kPatch];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int j = 0; j < kPatch; ++j) {
         x[j] = *reinterpret_cast<const LooseVector*>(pixel[j * kPatch + i] + c);
       }
       enter(F{}, x, 1, half + i, kPatch);
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < kPoints; ++i) {
       Vector y[kPoints];
       enter(F{}, half + i * kPatch, 1, y, 1);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int j = 0; j < kPoints; ++j) {
         vector(out + (i * kPoints + j) * step + c) = y[j];
       }

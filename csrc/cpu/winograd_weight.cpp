@@ -76,10 +76,10 @@ void fill(const T* weight, bool channels_last, int64_t results, const Panels& pa
 }
 
 // weight: [N, C, 3, 3], contiguous or channels_last. Returns a vector in the order of `Panels`: for tiles of 2 x 2
-// pixels nine points of each kernel, float32; for those of 4 x 4 its numbers, in its own dtype. upsample: for doubled
-// pictures. pixels: 2 or 4, of a line of a tile.
+// pixels nine points of each kernel, float32; for larger ones its numbers, in its own dtype. upsample: for doubled
+// pictures. pixels: 2, 4 or 6, of a line of a tile.
 Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
-  check(pixels == 2 || pixels == 4, kOp, ": pixels must be 2 or 4, got ", pixels);
+  check(pixels == 2 || pixels == 4 || pixels == 6, kOp, ": pixels must be 2, 4 or 6, got ", pixels);
   const bool channels_last = weight.dim() == 4 && !weight.is_contiguous() && is_channels_last(weight);
   check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && (weight.is_contiguous() || channels_last),
         kOp, ": weight must be [N, C, 3, 3], contiguous or channels_last, got ", shape_of(weight));

@@ -165,20 +165,20 @@ class Worker {
     for (int64_t v = 0; v < width; v += kLanes) {
       const Vector rest = *reinterpret_cast<const LooseVector*>(shift + v);
       Vector half[kSide * kPoints];  // pixels of each column of points
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int i = 0; i < kPoints; ++i) {
         Vector x[kPoints];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int j = 0; j < kPoints; ++j) {
           x[j] = vector(sums + (j * kPoints + i) * sum_step_ + v);
         }
         leave(F{}, x, 1, half + i, kPoints);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int i = 0; i < kSide; ++i) {
         Vector y[kSide];
         leave(F{}, half + i * kPoints, 1, y, 1);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int j = 0; j < kSide; ++j) {
           vector(pixel[i * kSide + j] + v) = y[j] + rest;
         }

@@ -233,7 +233,12 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("Winograd, 4 x 4", (2, 70, 9, 11), 37, extras=everything, activation="silu")
     yield sample("Winograd, 4 x 4, upsample", (2, 34, 5, 7), 35, extras=everything, activation="silu", upsample=True)
     yield sample("Winograd, 4 x 4, one side padded", (2, 32, 9, 10), 18, padding=[0, 1, 2, 0], extras="add")
-    yield sample("Winograd, 4 x 4, many blocks and panels", (3, 66, 16, 33), 161)
+    yield sample("Winograd, 4 x 4, many blocks and panels", (3, 66, 16, 32), 161)
+    # And in tiles of 6 x 6.
+    yield sample("Winograd, 6 x 6", (2, 70, 17, 23), 37, extras=everything, activation="silu")
+    yield sample("Winograd, 6 x 6, upsample", (2, 34, 9, 11), 35, extras=everything, activation="silu", upsample=True)
+    yield sample("Winograd, 6 x 6, one side padded", (2, 32, 17, 18), 18, padding=[0, 1, 2, 0], extras="add")
+    yield sample("Winograd, 6 x 6, many blocks and panels", (4, 66, 24, 28), 81)
     yield sample("Winograd, upsample", (2, 34, 4, 5), 35, extras=everything, activation="silu", upsample=True)
     # Nine taps of up to four results side by side: channels beyond a pair and beyond a block, pixels that registers do
     # not divide, and padding that no line of the picture is behind.
