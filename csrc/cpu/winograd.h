@@ -7,6 +7,7 @@
 // and one line of points would be zero and is left out.
 #pragma once
 
+#include "lanes.h"
 #include "winograd_forms.h"
 
 #include <algorithm>
@@ -93,9 +94,10 @@ inline void weigh_all(Form<2, false>, const Kernel& kernel, int64_t at, float* o
 // Those of a doubled picture are all kept: a, a + b + c and c.
 inline void weigh_all(Form<2, true>, const Kernel&, int64_t, float*, int64_t) {}
 
-// n channels of the pixels of a patch to its points, which lie `step` apart.
-template <class F, size_t N>
-void transform(const std::array<const float*, N>& pixel, int64_t n, float* out, int64_t step) {
+// n channels of the pixels of a patch to its points, which lie `step` apart. Those that the next patch has more are
+// `ahead` of these, and are fetched on the way.
+template <class F, class T, size_t N>
+void transform(const std::array<const T*, N>& pixel, int64_t n, float* out, int64_t step, int64_t ahead) {
   constexpr int kPatch = F::kPatch, kPoints = F::kPoints;
   for (int64_t c = 0; c < n; c += kLanes) {
     Vector half[kPatch * kPoints];  // a row of points of each column of the patch
@@ -104,7 +106,11 @@ void transform(const std::array<const float*, N>& pixel, int64_t n, float* out, 
       Vector x[kPatch];
 #pragma GCC unroll 8
       for (int j = 0; j < kPatch; ++j) {
-        x[j] = *reinterpret_cast<const LooseVector*>(pixel[j * kPatch + i] + c);
+        const T* from = pixel[j * kPatch + i] + c;
+        if (i >= kPatch - F::kStep) {
+          __builtin_prefetch(from + ahead);
+        }
+        x[j] = load_lanes(from, n - c);
       }
       enter(F{}, x, 1, half + i, kPatch);
     }

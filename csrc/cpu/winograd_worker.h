@@ -20,7 +20,6 @@ struct Problem {
   int64_t tile_rows, tile_columns, block;  // tiles, and how many are worked on together
   bool silu;
 
-  int64_t numbers() const { return batch * height * width * channels; }
   int64_t tiles() const { return batch * tile_rows * tile_columns; }
   int64_t depths() const { return (channels + kDepth - 1) / kDepth; }
 };
@@ -46,10 +45,7 @@ class Worker {
       : p_(p), data_(data), panels_(p.results, p.channels), step_(p.depths() * p.block * kDepth + 16),
         sum_step_(p.block * kWidth + 16), room_(room()),
         points_(room_.take(F::kArea * step_)), sums_(room_.take(F::kArea * sum_step_)),
-        weights_(room_.take(F::kArea * kWeightStep)), pixels_(room_.take(kPixels * kDepth)),
-        zeros_(room_.take(kDepth)) {
-    std::fill_n(zeros_, kDepth, 0.0f);
-  }
+        weights_(room_.take(F::kArea * kWeightStep)) {}
 
   // The results of a group of panels for a block of tiles.
   void run(int64_t block, int64_t group) {
@@ -76,7 +72,7 @@ class Worker {
   static constexpr int kPixels = F::kPatch * F::kPatch;
   static constexpr int64_t kWeightStep = kDepth * kWidth + 16;  // an odd number of cache lines
 
-  int64_t room() const { return F::kArea * (step_ + sum_step_ + kWeightStep) + (kPixels + 1) * kDepth; }
+  int64_t room() const { return F::kArea * (step_ + sum_step_ + kWeightStep); }
 
   // The products of some channels at all points, of which those that are not kept are made first: the cache holds them
   // until all tiles have used them.
@@ -125,30 +121,20 @@ class Worker {
     const int64_t sample = tile / p_.tile_columns / p_.tile_rows;
     const int64_t y = row * F::kStep - p_.top, x = column * F::kStep - p_.left;
     std::array<const T*, kPixels> pixel;
+    std::array<int64_t, kPixels> stride;
     for (int i = 0; i < kPixels; ++i) {
       const int64_t at_y = y + i / F::kPatch, at_x = x + i % F::kPatch;
       const bool inside = at_y >= 0 && at_y < p_.height && at_x >= 0 && at_x < p_.width;
-      pixel[i] = inside ? data_.x + ((sample * p_.height + at_y) * p_.width + at_x) * p_.channels : nullptr;
+      pixel[i] = inside ? data_.x + ((sample * p_.height + at_y) * p_.width + at_x) * p_.channels : zeros_.data();
+      stride[i] = inside ? kDepth : 0;
     }
     for (int64_t d = 0; d < p_.depths(); ++d) {
       const int64_t n = std::min(kDepth, p_.channels - d * kDepth);
-      std::array<const float*, kPixels> from;
+      transform<F>(pixel, n, out + d * p_.block * kDepth, step_, F::kStep * p_.channels);
       for (int i = 0; i < kPixels; ++i) {
-        from[i] = pixel[i] == nullptr ? zeros_ : whole(pixel[i] + d * kDepth, n, pixels_ + i * kDepth);
+        pixel[i] += stride[i];
       }
-      transform<F>(from, n, out + d * p_.block * kDepth, step_);
     }
-  }
-
-  // n channels as float32 that can be read in whole vectors. What then is behind them is never used: the next pixel, but
-  // for the last of all.
-  const float* whole(const T* x, int64_t n, float* room) const {
-    const int64_t vectors = (n + kLanes - 1) / kLanes * kLanes;
-    if (vectors <= data_.x + p_.numbers() - x) {
-      return as_float(x, room, vectors);
-    }
-    widen(x, room, n);
-    return room;
   }
 
   // The pixels of a tile, a panel of results.
@@ -218,7 +204,8 @@ class Worker {
   int64_t block_ = -1;       // whose points are held
   int64_t step_, sum_step_;  // from point to point; an odd number of cache lines, to spread over all cache sets
   Room room_;
-  float *points_, *sums_, *weights_, *pixels_, *zeros_;
+  float *points_, *sums_, *weights_;
+  std::array<T, kDepth> zeros_{};  // beyond the picture's edges
 };
 
 }  // namespace diffkern
