@@ -35,6 +35,12 @@ _transform, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_t
 _is_profiled = torch.autograd._profiler_enabled
 
 
+def is_traced() -> bool:
+    """Whether somebody compiles, traces or transforms what is called now, or sees it below PyTorch's dispatcher: then
+    tensors may be others than they look."""
+    return torch.compiler.is_dynamo_compiling() or _modes() > 0 or _transform() is not None or _trace() is not None
+
+
 class Plain:
     """Knows the calls of an op in which the dispatcher would do nothing but to call it."""
 

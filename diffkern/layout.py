@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkern.dispatch import is_traced
+
 FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,9 +60,17 @@ def dense(args: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(made)
 
 
+def requires_grad(parts: Sequence[Tensor]) -> bool:
+    """Whether what is made of the tensors now has to leave a way back for gradients."""
+    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+
+
 def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors that differ in their first size only, one below the other: a view, if that is how they lie in memory
-    (`lay_side_by_side`), else None."""
+    (`lay_side_by_side`), else None. None also where gradients are wanted, since autograd would see the first alone, and
+    where memory is not what it looks like."""
+    if requires_grad(parts) or is_traced():
+        return None
     first, rows = parts[0], 0
     memory, start = first.untyped_storage()._cdata, first.storage_offset()
     for part in parts:

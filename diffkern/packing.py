@@ -26,6 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffkern.available import availability
+from diffkern.dispatch import is_traced
+from diffkern.layout import requires_grad, side_by_side
+
 
 class _Known(NamedTuple):
     """A weight as it was when it was packed."""
@@ -74,6 +78,18 @@ def packed(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor])
         found.append(_Known(forget, weight.detach() if of_a_file else None, stamp))
     _kept[key] = _Packed(found, copy)
     return copy
+
+
+def packed_together(weights: Sequence[Tensor]) -> Tensor | None:
+    """Weights of layers with one input, one below the other, for one product in place of many: as they lie in memory
+    (`lay_side_by_side`), or on a CPU a copy that is kept. None where gradients must find their way back to each, and
+    where every call would have to copy them."""
+    whole = side_by_side(weights)
+    if whole is not None or requires_grad(weights) or is_traced() or availability("cpu") is not None:
+        return whole
+    if not all(type(w) in (Tensor, nn.Parameter) and w.is_cpu and not w.is_inference() for w in weights):
+        return None
+    return packed(weights, "together", lambda: torch.cat([w.detach() for w in weights]))
 
 
 @functools.cache

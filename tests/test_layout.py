@@ -19,6 +19,7 @@ def layers() -> list[nn.Linear]:
     return [nn.Linear(8, 6) for _ in range(3)]
 
 
+@torch.no_grad()
 def is_view(parts: list[torch.Tensor]) -> bool:
     whole = joined(parts)
     assert torch.equal(whole, torch.cat(parts))
@@ -37,6 +38,15 @@ def test_parts_are_joined_without_a_copy_only_where_they_lie_side_by_side():
     assert not is_view([w.detach()[:, ::2] for w in weights])
     weights[2].data = weights[2].data.clone()
     assert not is_view(weights)
+
+
+def test_gradients_reach_each_of_those_that_lie_side_by_side():
+    weights = [layer.weight for layer in layers()]
+    lay_side_by_side(weights)
+    joined(weights).square().sum().backward()
+    for w in weights:
+        assert w.grad is not None
+        assert torch.equal(w.grad, 2 * w)
 
 
 @pytest.mark.parametrize("bias", [True, False])

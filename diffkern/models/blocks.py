@@ -158,7 +158,8 @@ class ResnetBlock(nn.Module):
             h = conv2d(h, self.conv1.weight)
             h = norm_silu(self.norm2, h, add=add)
         around = self._shortcut(x.pixels, None if skip is None else skip.pixels)
-        y = picture(self.conv2, F.dropout(h, self.dropout, self.training), around)
+        h = F.dropout(h, self.dropout) if self.training else h
+        y = picture(self.conv2, h, around)
         return Picture(y.pixels / self.output_scale) if self.output_scale != 1 else y
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:

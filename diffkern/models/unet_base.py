@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkern.layout import joined, lay_side_by_side, side_by_side
+from diffkern.layout import joined, lay_side_by_side
 from diffkern.models import folder
 from diffkern.models.blocks import (
     Downsample,
@@ -27,6 +27,7 @@ from diffkern.models.blocks import (
 )
 from diffkern.models.unet_config import UNetConfig
 from diffkern.ops.timestep_embedding import timestep_embedding
+from diffkern.packing import packed_together
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,7 +114,7 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
-        self.time_widths = [block.time_emb_proj.out_features for block in self._resnets()]
+        self.time_widths = [len(weight) for weight in self._parameters_of("time_emb_proj", "weight")]
 
     def attention(self, kind: str, level: int) -> nn.Module | None:
         """A new attention for behind a residual block, in a block of this kind, or None if it has none. level: 0 is the
@@ -155,35 +156,34 @@ class UNet(nn.Module):
         """What the residual blocks add, their first bias included, or scale and shift by, given an embedding
         [B, time_dim]: side by side in the order of the blocks, [B, sum of their widths]."""
         emb = F.silu(embedding)  # every block applies it first: once is enough
-        blocks = self._resnets()
-        layers = [b.time_emb_proj for b in blocks]
-        weights, bias = [layer.weight for layer in layers], joined([layer.bias for layer in layers])
+        weights = self._parameters_of("time_emb_proj", "weight")
+        bias = joined(self._parameters_of("time_emb_proj", "bias"))
         if self.config.resnet_time_scale_shift != "scale_shift":
-            bias = bias + joined(cast("list[Tensor]", [b.conv1.bias for b in blocks]))
-        whole = side_by_side(weights)
+            bias = bias + joined(self._parameters_of("conv1", "bias"))
+        whole = packed_together(weights)
         if whole is not None:
             return F.linear(emb, whole, bias)
         biases = bias.split(self.time_widths)
         return torch.cat([F.linear(emb, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
 
-    def _resnets(self) -> list[ResnetBlock]:
-        """The residual blocks, in the order that they run. Every call of the network asks for them: to go through all
-        of its modules takes as long as several blocks."""
+    def levels(self) -> list[Level | Middle]:
+        """Down, in the middle and up, in the order that they run. Every call of the network asks for their blocks: to
+        go through all of its modules takes as long as several blocks."""
         middle = [] if self.mid_block is None else [self.mid_block]
-        levels: list[Level | Middle] = [*_levels(self.down_blocks), *middle, *_levels(self.up_blocks)]
-        return [cast(ResnetBlock, block) for level in levels for block in level.resnets]
+        return [*_levels(self.down_blocks), *middle, *_levels(self.up_blocks)]
 
-    def _biases(self, name: str) -> list[Tensor]:
-        return [getattr(block, name).bias for block in self._resnets()]
+    def _parameters_of(self, layer: str, name: str) -> list[Tensor]:
+        """A parameter of a layer that every residual block has, in the order that they run."""
+        blocks = (block for level in self.levels() for block in level.resnets)
+        return [getattr(getattr(block, layer), name) for block in blocks]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Also what `to` does. On a GPU the blocks' layers of the time embedding lie side by side from then on: one
         product in place of one a block."""
         super()._apply(fn, recurse)
         if self.conv_in.weight.is_cuda:
-            lay_side_by_side([block.time_emb_proj.weight for block in self._resnets()])
-            lay_side_by_side(self._biases("time_emb_proj"))
-            lay_side_by_side(self._biases("conv1"))
+            for layer, name in (("time_emb_proj", "weight"), ("time_emb_proj", "bias"), ("conv1", "bias")):
+                lay_side_by_side(self._parameters_of(layer, name))
         return self
 
     def through(

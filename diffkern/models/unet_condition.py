@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,8 @@ class UNet2DCondition(UNet):
         if mask is not None and list(mask.shape) != shape[:2]:
             raise ValueError(f"the mask must be {shape[:2]} as encoder_hidden_states is, not {list(mask.shape)}")
         mask = None if mask is None else mask.bool()[:, None, None]
-        blocks = (m for m in self.modules() if isinstance(m, TransformerBlock))
+        transformers = cast("list[SpatialTransformer]", [a for level in self.levels() for a in level.attentions])
+        blocks = (cast(TransformerBlock, block) for t in transformers for block in t.transformer_blocks)
         tokens = encoder_hidden_states.to(self.conv_in.weight.dtype)
         return (block.attn2.context(tokens, mask) for block in blocks)
 
