@@ -47,31 +47,25 @@ class Plain:
     def __init__(self, parameters: Iterable[inspect.Parameter]) -> None:
         names = [p.annotation.split(" | ") for p in parameters]
         self.types = [frozenset().union(*(_TYPES[name] for name in several)) for several in names]
-        self.tensors = [i for i, several in enumerate(names) if "Tensor" in several]
-        self.lists = [i for i, types in enumerate(self.types) if list in types]
+        self.known: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}
 
     def devices(self, args: tuple[Any, ...]) -> frozenset[str] | None:
         """The devices of the tensors of such a call: nobody traces, transforms, watches or profiles it, each argument
         has the very type that it is to have, and the tensors are real ones on a CPU or a GPU. None for another. Whether
         an argument needs a gradient is the caller's to ask."""
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or _modes()
-            or _function_modes()
-            or _transform() is not None
-            or _trace() is not None
-            or _is_profiled()
-            or not all(map(contains, self.types, map(type, args)))
-        ):
+        if is_traced() or _function_modes() or _is_profiled():
             return None
-        for i in self.lists:
-            if args[i] is not None and not _INTEGERS.issuperset(map(type, args[i])):
+        types = tuple(map(type, args))
+        places = self.known.get(types) or self._places(types)
+        if places is None:
+            return None
+        tensors, lists = places
+        for i in lists:
+            if not _INTEGERS.issuperset(map(type, args[i])):
                 return None
         cpu = cuda = False
-        for i in self.tensors:
+        for i in tensors:
             t = args[i]
-            if t is None:
-                continue
             if t.is_cpu:
                 cpu = True
             elif t.is_cuda:
@@ -81,3 +75,12 @@ class Plain:
             if t.is_neg():  # what its memory holds is still to be negated
                 return None
         return _DEVICES[cpu, cuda]
+
+    def _places(self, types: tuple[type, ...]) -> tuple[list[int], list[int]] | None:
+        """Where the tensors and the lists are among arguments of these types, or None if they are to have others.
+        Asked for once: a network calls an op with few combinations."""
+        if not all(map(contains, self.types, types)):
+            return None
+        tensors = [i for i, t in enumerate(types) if t in _TYPES["Tensor"]]
+        self.known[types] = tensors, [i for i, t in enumerate(types) if t is list]
+        return self.known[types]
