@@ -13,6 +13,8 @@ from diffkern.check import at_least, refuse, unfit
 from diffkern.layout import accumulate, fast_dtype
 from diffkern.op import Cost, Sample, op
 
+_INTEGERS = (torch.int64, torch.int32)
+
 
 @op
 def timestep_embedding(
@@ -39,19 +41,24 @@ def _(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float, max_
 
 
 def _supports(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float, max_period: float) -> bool | str:
-    return fast_dtype(timestep.dtype)
+    return timestep.dtype in _INTEGERS or fast_dtype(timestep.dtype)
+
+
+def _real(timestep: Tensor) -> Tensor:
+    """Of integers the numbers that the reference computes with too."""
+    return timestep.float() if timestep.dtype in _INTEGERS else timestep
 
 
 @timestep_embedding.backend("triton", devices=("cuda",), supports=_supports)
 def _(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float, max_period: float) -> Tensor:
     from diffkern.kernels.timestep_embedding import timestep_embedding as kernel
 
-    return kernel(timestep, dim, flip_sin_to_cos, freq_shift, max_period)
+    return kernel(_real(timestep), dim, flip_sin_to_cos, freq_shift, max_period)
 
 
 @timestep_embedding.backend("cpu", devices=("cpu",), supports=_supports)
 def _(timestep: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float, max_period: float) -> Tensor:
-    return torch.ops.diffkern_C.timestep_embedding(timestep, dim, flip_sin_to_cos, freq_shift, max_period)
+    return torch.ops.diffkern_C.timestep_embedding(_real(timestep), dim, flip_sin_to_cos, freq_shift, max_period)
 
 
 @timestep_embedding.samples

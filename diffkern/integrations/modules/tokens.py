@@ -97,7 +97,7 @@ class Timesteps(Accelerated):
     ops = ("timestep_embedding",)
 
     def fused(self: Any, timesteps: Tensor) -> Any:
-        if timesteps.dim() != 1:
+        if timesteps.dim() != 1 or torch.is_grad_enabled():  # what trains is told the numbers of plain diffusers
             return NotImplemented
         scaled = timesteps if self.scale == 1 else timesteps.to(torch.float32) * self.scale
         return timestep_embedding(scaled, self.num_channels, self.flip_sin_to_cos, self.downscale_freq_shift)
