@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 processors = pytest.importorskip("diffusers.models.attention_processor")
 resnet = pytest.importorskip("diffusers.models.resnet")
 
-from diffusers_models import accelerated, delta, make, run  # noqa: E402 (after the check for diffusers)
+from diffusers_models import UNET, accelerated, delta, make, run  # noqa: E402 (after the check for diffusers)
 
 NAME = "SD 1.5"
 
@@ -88,6 +88,16 @@ def test_to_another_dtype() -> None:
     assert 1e-4 < delta(half, exact) < 0.1
     plain = make(NAME).to(torch.bfloat16).float()  # the weights as they were rounded
     assert delta(run(model.float(), NAME), run(plain, NAME)) <= 1e-4
+
+
+def test_dtype_is_that_of_diffusers() -> None:
+    model = diffusers.UNet2DModel(**UNET)
+    diffkern.accelerate(model)
+    assert model.dtype == torch.float32
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float16)
+    assert model.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert model.dtype == torch.float16
 
 
 def test_hooks_of_a_layer_are_called() -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from diffkern.backend import use_backend
 from diffkern.graphs.calls import NAME
@@ -27,6 +28,9 @@ from diffkern.ops.linear import activate, linear
 from diffkern.ops.query_key_value import query_key_value
 
 _ANY: AbstractContextManager[None] = nullcontext()
+# By their names: each is asked in the call of every module.
+_is_any_autocast, _trace = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
+_transform = torch._C._functorch.maybe_current_level
 
 
 class Accelerated:
@@ -105,12 +109,12 @@ def is_for_ops(x: Tensor) -> bool:
     """Whether a call with x may run in ops: not under autocast, which picks dtypes by PyTorch's functions, nor where it
     is traced for another program or by torch.func and forward-mode derivatives, which would not see through an op."""
     return (
-        x.device.type in ("cpu", "cuda")
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.jit.is_tracing()
+        (x.is_cpu or x.is_cuda)
+        and not (_is_any_autocast() and torch.is_autocast_enabled(x.device.type))
+        and _trace() is None
         and not torch.compiler.is_exporting()
-        and torch._C._functorch.maybe_current_level() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and _transform() is None
+        and forward_ad._current_level < 0
     )
 
 
@@ -182,7 +186,10 @@ def project_all(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
 def is_simple(conv: Any) -> bool:
     """Whether a convolution is one that the op has: with a stride, and zeros around."""
     return bool(
-        conv.groups == 1 and conv.padding_mode == "zeros" and set(conv.dilation) == {1} and len(set(conv.stride)) == 1
+        conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and tuple(conv.dilation) == (1, 1)
+        and conv.stride[0] == conv.stride[1]
     )
 
 
@@ -200,7 +207,8 @@ def convolve(
 
 def convolve_plain(conv: Any, x: Tensor, residual: Tensor | None, upsample: bool, pad: tuple[int, ...]) -> Tensor:
     """The op with a convolution's parameters. Its result is channels_last, as every op after it reads it fastest."""
-    sides = [a + b for a, b in zip(conv._reversed_padding_repeated_twice, pad, strict=True)]
+    own = conv._reversed_padding_repeated_twice
+    sides = [a + b for a, b in zip(own, pad, strict=True)] if any(pad) else list(own)
     x = x.contiguous(memory_format=torch.channels_last)
     return conv2d(x, conv.weight, conv.bias, conv.stride[0], sides, residual=residual, upsample=upsample)
 

@@ -59,6 +59,23 @@ class Network(Accelerated):
             calls = vars(self)[NAME] = Calls(self, self.cuda_graph)
         return calls(functools.partial(self.plain.forward, self), args, kwargs, x)
 
+    @property
+    def dtype(self: Any) -> torch.dtype:
+        """As diffusers says, which asks each of hundreds of modules for hooks, in every call of a UNet2DModel."""
+        from diffusers.models.modeling_utils import get_parameter_dtype
+
+        first = next(self.parameters(), None)
+        told = getattr(self, "_keep_in_fp32_modules", None) or torch.compiler.is_compiling() or _has_hooks(self)
+        if told or first is None or not first.is_floating_point():
+            return get_parameter_dtype(self)
+        return first.dtype
+
+
+def _has_hooks(module: Any) -> bool:
+    """Whether diffusers has hooks on a module or on a part of it, which may cast its weights."""
+    state = vars(module)
+    return "_diffusers_hook" in state or any(_has_hooks(m) for m in state["_modules"].values() if m is not None)
+
 
 class AlwaysNetwork(Network):
     """The same as soon as can be, and with classes of which nothing is known."""
