@@ -1,4 +1,4 @@
-"""What a UNet is told, computed for all residual blocks in one product, is what each block's own layer makes of it."""
+"""What networks are told, computed for all blocks in one product, is what each block's own layer makes of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 from diffkern import packing
 from diffkern.available import availability
+from diffkern.models.dit import SINUSOIDS, DiT, DiTConfig
 from diffkern.models.unet import UNet2D, UNet2DConfig
+from diffkern.ops.timestep_embedding import timestep_embedding
 
 pytestmark = pytest.mark.skipif(availability("cpu") is not None, reason="keeps copies for the cpu backend")
 
@@ -137,6 +139,28 @@ def test_weights_without_memory_and_of_several_networks_at_once_have_no_copy():
         torch.testing.assert_close(once, model.rows(EMBEDDING))
         weight.mul_(2)
         torch.testing.assert_close(twice, model.rows(EMBEDDING))
+
+
+def test_a_change_of_any_block_of_a_dit_shows_in_the_next_call():
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(num_attention_heads=2, attention_head_dim=8, num_layers=3, num_embeds_ada_norm=10)).eval()
+    norms: list[Any] = [block.norm1 for block in model.transformer_blocks]
+    t, labels = torch.tensor([3.0, 900.0]), torch.tensor([1, 10])
+
+    def equal() -> bool:
+        sinusoids, rows = timestep_embedding(t, SINUSOIDS, freq_shift=1.0), []
+        for norm in norms:
+            vector = F.silu(norm.emb.timestep_embedder(sinusoids) + norm.emb.class_embedder.embedding_table(labels))
+            rows.append(norm.linear(vector).unflatten(1, (6, 16)).transpose(0, 1))
+        return torch.allclose(model.conditioning(t, labels)[:18], torch.cat(rows), rtol=1e-5, atol=1e-5)
+
+    with torch.no_grad():
+        for norm in norms:
+            assert equal()
+            before = model.conditioning(t, labels)
+            norm.emb.timestep_embedder.linear_1.weight.data += 0.5
+            assert not torch.equal(model.conditioning(t, labels), before)
+        assert equal()
 
 
 class Rows(nn.Module):

@@ -17,6 +17,7 @@ from diffkern.ops.conv2d_moments import conv2d_moments
 from diffkern.ops.group_norm_silu import group_norm_silu
 from diffkern.ops.linear import GATED, linear
 from diffkern.ops.query_key_value import query_key_value
+from diffkern.packing import packed_together
 
 
 class Picture(NamedTuple):
@@ -75,6 +76,16 @@ def project(layer: nn.Linear, x: Tensor, activation: str = "none", residual: Ten
     """A linear layer with the module's parameters and what follows it, in one op. For tokens: a few rows, as of the
     time embedding, take less time in PyTorch than the choice of a backend does."""
     return linear(x, layer.weight, layer.bias, activation, residual)
+
+
+def project_side_by_side(x: Tensor, weights: list[Tensor], bias: Tensor) -> Tensor:
+    """What linear layers with these weights make of a few rows x: [B, K], side by side, in one product where that takes
+    no copy of the weights. bias: of all layers, [sum of their widths]. Returns [B, sum of their widths]."""
+    whole = packed_together(weights)
+    if whole is not None:
+        return F.linear(x, whole, bias)
+    biases = bias.split([len(weight) for weight in weights])
+    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
 
 
 def tokens_of(x: Tensor) -> Tensor:

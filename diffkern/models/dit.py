@@ -12,8 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkern.layout import joined
 from diffkern.models import folder
-from diffkern.models.blocks import Embedding, FeedForward, TimestepEmbedding, TokenAttention, project
+from diffkern.models.blocks import (
+    Embedding,
+    FeedForward,
+    TimestepEmbedding,
+    TokenAttention,
+    project,
+    project_side_by_side,
+)
 from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -126,8 +134,10 @@ class _Conditioning(nn.Module):
         self.timestep_embedder = TimestepEmbedding(SINUSOIDS, dim)
         self.class_embedder = _LabelEmbedding(classes, dim)
 
-    def forward(self, sinusoids: Tensor, class_labels: Tensor) -> Tensor:
-        return F.silu(self.timestep_embedder(sinusoids) + self.class_embedder.embedding_table(class_labels))
+    def forward(self, hidden: Tensor, class_labels: Tensor) -> Tensor:
+        """hidden: [B, dim], what the embedder's first layer and SiLU make of the sinusoids."""
+        time = self.timestep_embedder.linear_2(hidden)
+        return F.silu(time + self.class_embedder.embedding_table(class_labels))
 
 
 class _AdaLayerNormZero(nn.Module):
@@ -187,8 +197,13 @@ class DiT(nn.Module):
         Returns [6 * num_layers + 2, B, width]."""
         dtype = self.proj_out_1.weight.dtype
         sinusoids = timestep_embedding(timestep, SINUSOIDS, freq_shift=1.0).to(dtype)
-        vectors = [cast(_Block, b).norm1.emb(sinusoids, class_labels) for b in self.transformer_blocks]
-        rows = [project(cast(_Block, b).norm1.linear, v) for b, v in zip(self.transformer_blocks, vectors, strict=True)]
+        norms = [cast(_Block, b).norm1 for b in self.transformer_blocks]
+        first = [norm.emb.timestep_embedder.linear_1 for norm in norms]
+        bias = joined([layer.bias for layer in first])
+        hidden = F.silu(project_side_by_side(sinusoids, [layer.weight for layer in first], bias))
+        each = hidden.chunk(len(norms), dim=1)
+        vectors = [norm.emb(h, class_labels) for norm, h in zip(norms, each, strict=True)]
+        rows = [project(norm.linear, v) for norm, v in zip(norms, vectors, strict=True)]
         rows.append(self.proj_out_1(vectors[0]))
         return torch.cat([row.unflatten(1, (-1, self.config.width)).transpose(0, 1) for row in rows])
 

@@ -24,10 +24,10 @@ from diffkern.models.blocks import (
     convolve,
     normalised,
     picture,
+    project_side_by_side,
 )
 from diffkern.models.unet_config import UNetConfig
 from diffkern.ops.timestep_embedding import timestep_embedding
-from diffkern.packing import packed_together
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -160,11 +160,7 @@ class UNet(nn.Module):
         bias = joined(self._parameters_of("time_emb_proj", "bias"))
         if self.config.resnet_time_scale_shift != "scale_shift":
             bias = bias + joined(self._parameters_of("conv1", "bias"))
-        whole = packed_together(weights)
-        if whole is not None:
-            return F.linear(emb, whole, bias)
-        biases = bias.split(self.time_widths)
-        return torch.cat([F.linear(emb, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
+        return project_side_by_side(emb, weights, bias)
 
     def levels(self) -> list[Level | Middle]:
         """Down, in the middle and up, in the order that they run. Every call of the network asks for their blocks: to
