@@ -85,9 +85,11 @@ def packed_together(weights: Sequence[Tensor]) -> Tensor | None:
     (`lay_side_by_side`), or on a CPU a copy that is kept. None where gradients must find their way back to each, and
     where every call would have to copy them."""
     whole = side_by_side(weights)
-    if whole is not None or requires_grad(weights) or is_traced() or availability("cpu") is not None:
+    if whole is not None or requires_grad(weights) or is_traced():
         return whole
     if not all(type(w) in (Tensor, nn.Parameter) and w.is_cpu and not w.is_inference() for w in weights):
+        return None
+    if availability("cpu") is not None:  # asked last: on a GPU nobody needs that library
         return None
     return packed(weights, "together", lambda: torch.cat([w.detach() for w in weights]))
 
