@@ -1,5 +1,6 @@
 // What follows the product of linear and conv2d, in one pass: activation(y + add) * gate + residual, see
 // diffkern/ops/linear.py and conv2d.py. Rows are tokens or pixels; add and gate hold one row a sample.
+#include "activation.h"
 #include "dense.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,55 +13,15 @@ namespace {
 
 constexpr const char* kOp = "diffkern::epilogue";
 
-enum Activation : int64_t { kNone, kSilu, kGelu, kGeluTanh, kGeglu, kSwiglu };  // the order of ACTIVATIONS in linear.py
-
 struct Problem {
   int64_t rows, width, rows_a_sample;
   std::vector<float> add, gate;  // [B, width], empty for none
 };
 
-template <class F>
-void with_activation(int64_t activation, F f) {
-  switch (activation) {
-    case kNone:
-      return f(std::integral_constant<Activation, kNone>());
-    case kSilu:
-      return f(std::integral_constant<Activation, kSilu>());
-    case kGelu:
-      return f(std::integral_constant<Activation, kGelu>());
-    case kGeluTanh:
-      return f(std::integral_constant<Activation, kGeluTanh>());
-    case kGeglu:
-      return f(std::integral_constant<Activation, kGeglu>());
-    case kSwiglu:
-      return f(std::integral_constant<Activation, kSwiglu>());
-    default:
-      check(false, kOp, ": no activation has the number ", activation);
-  }
-}
-
-template <Activation kActivation>
-float activate(float y, [[maybe_unused]] float gate) {
-  switch (kActivation) {
-    case kSilu:
-      return fast_silu(y);
-    case kGelu:
-      return fast_gelu(y);
-    case kGeluTanh:
-      return fast_gelu_tanh(y);
-    case kGeglu:
-      return y * fast_gelu(gate);
-    case kSwiglu:
-      return y * fast_silu(gate);
-    default:
-      return y;
-  }
-}
-
 // The loops say `simd` because out may be y itself: in place is no hazard, but the compiler's own check would see one.
 template <Activation kActivation, class In, class Out>
 void run(const Problem& p, const In* y, const Out* residual, Out* out) {
-  constexpr bool kHalves = kActivation == kGeglu || kActivation == kSwiglu;  // the second half of a row gates the first
+  constexpr bool kHalves = is_gated(kActivation);
   const int64_t stride = kHalves ? 2 * p.width : p.width, grain = std::max<int64_t>(1, kSerial / p.width);
   torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) {
     float y_room[kRun], half_room[kRun], residual_room[kRun], out_room[kRun];
@@ -124,7 +85,7 @@ void epilogue(Tensor out, const Tensor& y, const std::optional<Tensor>& add, int
   if (out.numel() == 0) {
     return;
   }
-  const int64_t width = out.size(out.dim() - 1), halves = activation == kGeglu || activation == kSwiglu ? 2 : 1;
+  const int64_t width = out.size(out.dim() - 1), halves = is_gated(activation) ? 2 : 1;
   check(y.numel() == halves * out.numel(), kOp, ": y has ", y.numel(), " elements, out has ", out.numel());
   Problem p{out.numel() / width, width, out.numel() / width, {}, {}};
   p.add = rows_of("add", add, p);
@@ -136,7 +97,7 @@ void epilogue(Tensor out, const Tensor& y, const std::optional<Tensor>& add, int
   check(wide || y.scalar_type() == dtype, kOp, ": y must be float32 or have the dtype of out");
   with_dtype(kOp, dtype, [&]<class T>(T*) {
     const T* rest = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
-    with_activation(activation, [&](auto kind) {
+    with_activation(kOp, activation, [&](auto kind) {
       if (wide) {
         run<decltype(kind)::value>(p, static_cast<const float*>(y.const_data_ptr()), rest, data_of<T>(out));
       } else {
