@@ -143,8 +143,8 @@ class MatrixWorker {
       for (int64_t i = 0; i < parts; ++i) {
         const int64_t begin = rows * i / parts, count = rows * (i + 1) / parts - begin;
         // The machine's own prefetching does not fetch from behind the second cache in time.
-        for (const Vector *line = later + n * V * i / parts, *end = later + n * V * (i + 1) / parts; line < end; ++line) {
-          __builtin_prefetch(line, 0, 2);
+        for (int64_t v = n * V * i / parts; v < n * V * (i + 1) / parts; ++v) {
+          __builtin_prefetch(later + v, 0, 2);
         }
         auto* sums = reinterpret_cast<Vector*>(sums_ + begin * kPanel);
         const Vector* before = w == 0 ? nullptr : sums;
@@ -152,12 +152,23 @@ class MatrixWorker {
         if (w + n < words) {
           kOf[count - 1](left, step_, now, n, before, sums);
         } else {
-          T* out = m_.out + (first_ + begin) * m_.columns.results + panel * m_.columns.step();
-          for (int64_t r = 0; r < count; ++r) {
-            __builtin_prefetch(out + r * m_.columns.results, 1);
-          }
+          fetch(panel, first_ + begin, count);
           kOf[count - 1](left, step_, now, n, before, tile);
           finish<V * kLanes>(panel, first_ + begin, count, reinterpret_cast<float*>(tile));
+        }
+      }
+    }
+  }
+
+  // Has the results' cache lines come, and what is added to them, while their sums are made.
+  void fetch(int64_t panel, int64_t row, int64_t rows) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t results = m_.columns.results, step = m_.columns.step();
+    for (int64_t i = 0, place = row * results + panel * step; i < rows; ++i, place += results) {
+      for (int64_t at = 0; at < step; at += kLine) {
+        __builtin_prefetch(m_.out + place + at, 1);
+        if (m_.residual != nullptr) {
+          __builtin_prefetch(m_.residual + place + at);
         }
       }
     }
@@ -189,14 +200,16 @@ class MatrixWorker {
 
   // Inlined, for n to be a constant where it can be.
   template <int64_t kSums>
-  [[gnu::always_inline]] static void finish_row(float* y, const float* shift, const float* gate, const T* residual, T* out,
-                                                int64_t n) {
+  [[gnu::always_inline]] static void finish_row(float* y, const float* shift, const float* gate, const T* residual,
+                                                T* out, int64_t n) {
     for (int64_t i = 0; i < kSums; ++i) {
       y[i] += shift[i];
     }
     if constexpr (kActivation != kNone) {
+      const float* half = y + (is_gated(kActivation) ? kLanes : 0);
+#pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        y[i] = activate<kActivation>(y[i], y[i + (is_gated(kActivation) ? kLanes : 0)]);
+        y[i] = activate<kActivation>(y[i], half[i]);
       }
     }
     if (gate != nullptr) {
@@ -211,7 +224,12 @@ class MatrixWorker {
         y[i] += rest[i];
       }
     }
-    narrow(y, out, n);
+    if (n == kPanel) {
+      return narrow(y, out, kPanel);
+    }
+    for (int64_t v = 0; v < n; v += kLanes) {
+      store_lanes(vector(y + v), out + v, n - v);
+    }
   }
 
   const Matrix<T>& m_;
@@ -226,12 +244,12 @@ class MatrixWorker {
 // All rows, by as many threads as pay.
 template <Activation kActivation, class T, class At>
 void multiply(const Matrix<T>& m, const At& at) {
-  constexpr int64_t kHeld = 1 << 17;        // words of a block of rows, in a near cache
-  constexpr int64_t kGrain = 1 << 19;       // multiply-adds that are worth another thread
-  constexpr int64_t kFew = 4 * kAtOnce, kMost = 12 * kAtOnce;
+  constexpr int64_t kHeld = 1 << 17;   // words of a block of rows, in a near cache
+  constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
+  constexpr int64_t kFew = 2 * kAtOnce, kMost = 12 * kAtOnce;
   const int64_t threads = torch::stable::get_num_threads(), panels = m.columns.panels();
-  int64_t blocks = (m.rows + kMost - 1) / std::clamp(kHeld / m.words(), kFew, kMost);
-  blocks = std::max<int64_t>(1, blocks);
+  const int64_t most = std::clamp(kHeld / m.words() / kAtOnce * kAtOnce, kFew, kMost);
+  int64_t blocks = (m.rows + most - 1) / most;
   // A few blocks more than needed, or some of the panels each, where that gives every thread the same share.
   while (blocks % threads != 0 && blocks < 16 * threads && m.rows / (blocks + 1) >= kFew) {
     ++blocks;

@@ -3,14 +3,15 @@ and SwiGLU (Shazeer 2020), adaLN's gate (Peebles & Xie 2023) and the residual.""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffkern.check import shaped, unfit
-from diffkern.invariant import apart, rows
+from diffkern.invariant import apart, is_on, rows
 from diffkern.layout import accumulate, fast_dtype, of_one_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.packing import compute_dtype, packed
@@ -114,6 +115,8 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 _ROWS = 256
 # Beyond this many features oneDNN sums a single row in another order than the rows of a batch: it is given two.
 _LONG = 1024
+# Up to so many features a gated unit is ours.
+_SHORT = 512
 
 
 @linear.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
@@ -123,15 +126,52 @@ def _(
     shape = _check(x, weight, bias, activation, residual, gate)
     if not x.numel() or not weight.numel():
         return compose(x, weight, bias, activation, residual, gate)
-    copy = packed([weight], ("linear", compute_dtype(x.dtype)), lambda: pack(weight))
-    return multiply(x, copy, bias, activation, residual, gate, shape)
+    return multiply(x, [weight], bias, activation, residual, gate, shape)
+
+
+@functools.cache
+def _measured() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def ours(x: Tensor, weight: Tensor, activation: str) -> bool:
+    """Whether diffkern's own product computes this layer, as fast as oneDNN's or faster. The batch has no say: a sample
+    alone must come out as it does in a batch, which is why all layers are ours under `batch_invariant()`."""
+    native = x.dtype != torch.float32 and compute_dtype(x.dtype) == x.dtype
+    if not _measured() or (native and torch.cpu._is_amx_tile_supported()):
+        return False
+    # Rows that are samples, as of a time embedding, are few: to begin takes oneDNN longer. Of 16-bit types without
+    # instructions and of gated units it passes over more memory, which weighs where sums are short.
+    short = activation in GATED and weight.shape[1] <= _SHORT
+    return x.dim() == 2 or compute_dtype(x.dtype) != x.dtype or short or is_on()
 
 
 def multiply(
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, activation: str, residual: Tensor | None,
+    gate: Tensor | None, shape: list[int],
+) -> Tensor:  # fmt: skip
+    """The arguments of the op, of weights side by side, and the shape of the result."""
+    # Side by side in memory too: oneDNN reads a bias as if its numbers were.
+    bias, residual, gate = (None if t is None else t.contiguous() for t in (bias, residual, gate))
+    if ours(x, weights[0], activation):
+        gated = activation in GATED
+        copy = packed(
+            weights, ("panels", gated), lambda: torch.ops.diffkern_C.linear_weight(_joined(weights).contiguous(), gated)
+        )
+        product = torch.ops.diffkern_C.linear.default
+        return product(x.contiguous(), copy, shape[-1], bias, _NUMBER[activation], gate, residual)
+    copy = packed(weights, ("linear", compute_dtype(x.dtype)), lambda: _pack(_joined(weights)))
+    return _by_onednn(x, copy, bias, activation, residual, gate, shape)
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
+
+
+def _by_onednn(
     x: Tensor, copy: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, gate: Tensor | None,
     shape: list[int],
 ) -> Tensor:  # fmt: skip
-    """The arguments of the op with the weight as `pack` makes it, and the shape of the result."""
     dtype, product = compute_dtype(x.dtype), torch.ops.mkldnn._linear_pointwise
     if dtype != x.dtype and bias is not None:
         bias = bias.to(dtype)
@@ -139,12 +179,8 @@ def multiply(
     alone = x.numel() == k > _LONG
     if alone:
         rows = rows.reshape(1, k).expand(2, k)
-        residual = None if residual is None else residual.reshape(1, -1).expand(2, -1)
+        residual = None if residual is None else residual.reshape(1, -1).expand(2, -1).contiguous()
     rows = rows if rows.is_contiguous() else rows.contiguous()
-    # The bias too: oneDNN reads one as if its numbers lay side by side.
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    gate = None if gate is None else gate.contiguous()
     fused = dtype == x.dtype and gate is None
     if fused and residual is None and activation in _POST_OPS:
         y = product.default(rows, copy, bias, *_POST_OPS[activation])
@@ -159,10 +195,9 @@ def multiply(
     return out.view(shape) if alone else out
 
 
-def pack(weight: Tensor) -> Tensor:
+def _pack(weight: Tensor) -> Tensor:
     """A weight [N, K] as oneDNN multiplies with it, in the dtype that its products are computed in."""
-    wide = weight.detach().to(compute_dtype(weight.dtype)).contiguous()
-    return torch.ops.mkldnn._reorder_linear_weight(wide, _ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.to(compute_dtype(weight.dtype)).contiguous(), _ROWS)
 
 
 # cuBLAS's product, with what it can do itself, and one pass for the rest.
@@ -194,6 +229,8 @@ def _(
     run: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None,
     gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    if run.name == "cpu" and ours(x, weight, activation):
+        return run(x, weight, bias, activation, residual, gate)
     alone = rows if x.dim() == 2 else apart
     return alone(lambda x, r, g: run(x, weight, bias, activation, r, g), x, residual, gate)
 

@@ -13,8 +13,7 @@ from diffkern.check import shaped, unfit
 from diffkern.invariant import apart, rows
 from diffkern.layout import accumulate, fast_dtype, joined, of_one_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
-from diffkern.ops.linear import multiply, pack
-from diffkern.packing import compute_dtype, packed
+from diffkern.ops.linear import multiply, ours
 
 
 @op
@@ -70,10 +69,9 @@ def _(
     if not x.numel() or not q_weight.numel():
         return compose(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
     weights = [q_weight, k_weight, v_weight]
-    copy = packed(weights, ("query_key_value", compute_dtype(x.dtype)), lambda: pack(torch.cat(weights)))
     biases = _given(q_bias, k_bias, v_bias)
     bias = torch.cat(biases) if biases else None
-    return multiply(x, copy, bias, "none", None, None, [*shape[:-2], 3 * shape[-1]]).view(shape)
+    return multiply(x, weights, bias, "none", None, None, [*shape[:-2], 3 * shape[-1]]).view(shape)
 
 
 def _given(*biases: Tensor | None) -> list[Tensor]:
@@ -122,7 +120,10 @@ def compose(
 
 
 @query_key_value.batch_invariant
-def _(run: Backend, x: Tensor, *parameters: Tensor | None) -> Tensor:
+def _(run: Backend, x: Tensor, q_weight: Tensor, *others: Tensor | None) -> Tensor:
+    parameters = (q_weight, *others)
+    if run.name == "cpu" and ours(x, q_weight, "none"):
+        return run(x, *parameters)
     return (rows if x.dim() == 2 else apart)(lambda x: run(x, *parameters), x)
 
 
