@@ -52,19 +52,26 @@ struct Exp {
 // Beyond these e^x is infinite and zero in fast_exp.
 constexpr float kExpHighest = 88.8f, kExpLowest = -88.1f;
 
-// e^x for kExpLowest <= x <= kExpHighest: zero below 2^-126.5, infinite above 2^127.5; and e^x - 1, which keeps its digits
-// near 0. Fit: 2.0e-9.
-inline Exp exp_minus_one_within(float x) {
-  constexpr float kLog2e = 0x1.715476p0f, kLog2eRest = 0x1.4ae0cp-26f;
-  constexpr float kToExponent = 0x1.8p23f + 127.0f;  // leaves n + 127, the exponent of 2^n, in the low bits of the sum
-  const float shifted = x * kLog2e + kToExponent;
-  const float f = (x * kLog2e - (shifted - kToExponent)) + x * kLog2eRest;
-  float p = 0.000153533617864f;
-  p = p * f + 0.00133988743782f;
+constexpr double kLog2e = 0x1.71547652b82fep0;
+constexpr float kLog2eHigh = static_cast<float>(kLog2e), kLog2eRest = static_cast<float>(kLog2e - kLog2eHigh);
+constexpr float kToExponent = 0x1.8p23f + 127.0f;  // leaves n + 127, the exponent of 2^n, in the low bits of a sum
+
+// (2^f - 1) / f for |f| <= 1/2, of a number or a vector of them. Fit of 2^f: 2.0e-9.
+template <class F>
+[[gnu::always_inline]] inline F power_of_two_rise(F f) {
+  F p = f * 0.000153533617864f + 0.00133988743782f;
   p = p * f + 0.00961843735844f;
   p = p * f + 0.0555033247126f;
   p = p * f + 0.240226479136f;
-  p = p * f + 0.693147202855f;
+  return p * f + 0.693147202855f;
+}
+
+// e^x for kExpLowest <= x <= kExpHighest: zero below 2^-126.5, infinite above 2^127.5; and e^x - 1, which keeps its digits
+// near 0.
+inline Exp exp_minus_one_within(float x) {
+  const float shifted = x * kLog2eHigh + kToExponent;
+  const float f = (x * kLog2eHigh - (shifted - kToExponent)) + x * kLog2eRest;
+  const float p = power_of_two_rise(f);
   // The power is built, not added to p's exponent: n = -127 then is the pattern of zero and 128 that of infinity.
   const float power = std::bit_cast<float>(std::bit_cast<int32_t>(shifted) << 23);
   const float value = (p * f + 1.0f) * power;

@@ -14,7 +14,7 @@ template <class T>
 inline constexpr bool kRoughSilu = false;
 #endif
 
-constexpr float kSiluUnit = -0x1.715476p0f;  // -log2(e)
+constexpr float kSiluUnit = -kLog2eHigh;
 
 #ifdef __AVX512F__
 // Of x = t / kSiluUnit, a unit that costs nothing in a product before. With L for log2(e) that is t / (-L - L 2^t): the
@@ -29,19 +29,13 @@ constexpr float kSiluUnit = -0x1.715476p0f;  // -log2(e)
   return t * (Vector)_mm512_rcp14_ps((__m512)(power + kSiluUnit));
 }
 
-// With fast_silu's polynomial. Beyond 104 a power is zero or infinite; the quotient keeps NaN and infinity.
+// Beyond 104 a power is zero or infinite; the quotient keeps NaN and infinity.
 [[gnu::always_inline]] inline Vector exact_silu(Vector x) {
-  constexpr float kLog2eRest = 0x1.4ae0cp-26f;
   const __m512 unit = _mm512_set1_ps(kSiluUnit);
   const __m512 near = _mm512_range_ps((__m512)x, _mm512_set1_ps(104.0f), 2);  // the smaller in magnitude
   const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(near, unit), _MM_FROUND_TO_NEAREST_INT);
   const Vector f = (Vector)_mm512_fmsub_ps(near, unit, whole) - (Vector)near * kLog2eRest;  // the product not rounded
-  Vector p = f * 0.000153533617864f + 0.00133988743782f;
-  p = p * f + 0.00961843735844f;
-  p = p * f + 0.0555033247126f;
-  p = p * f + 0.240226479136f;
-  p = p * f + 0.693147202855f;
-  p = p * f + 1.0f;
+  const Vector p = power_of_two_rise(f) * f + 1.0f;
   return x / ((Vector)_mm512_scalef_ps((__m512)p, whole) + 1.0f);
 }
 #endif

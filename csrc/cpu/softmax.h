@@ -3,12 +3,11 @@
 // exponential of e its two parts of log2 e.
 #pragma once
 
+#include "../common/math.h"
 #include "mask.h"
 #include "words.h"
 
 namespace diffkern {
-
-constexpr double kLog2e = 0x1.71547652b82fep0;
 
 // Up to V vectors of queries of one head, and their softmax so far.
 struct Panel {
@@ -17,7 +16,8 @@ struct Panel {
 };
 
 // 2^x by a polynomial in x - n, |x - n| <= 1/2, for the integer n next to x <= 0; NaN for NaN. Minimax fits of the
-// relative error: of degree 3, 7.5e-5, a twenty-sixth of half a last place of bfloat16; of degree 6, 2.0e-9.
+// relative error: of degree 3, 7.5e-5, a twenty-sixth of half a last place of bfloat16; of degree 6, that of
+// power_of_two_rise, here in a loop, since GCC 12 lets `soften` stand alone when it calls that.
 template <int kDegree>
 Vector power_of_two(Vector x) {
   const auto polynomial = [](Vector f) {
@@ -37,7 +37,6 @@ Vector power_of_two(Vector x) {
   const Vector n = _mm512_roundscale_ps(x, kNearest);
   return _mm512_scalef_ps(polynomial(x - n), n);  // zero for n = -infinity, though x - n is NaN
 #else
-  constexpr float kToExponent = 0x1.8p23f + 127.0f;  // leaves n + 127, the exponent of 2^n, in the low bits of the sum
   typedef int32_t Bits __attribute__((vector_size(sizeof(Vector))));
   x = x < -127.0f ? Vector{} - 127.0f : x;
   const Vector shifted = x + kToExponent;
