@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import itertools
 import json
 import multiprocessing
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -131,17 +133,13 @@ def launches(name: str) -> dict[str, Launch]:
 
 
 def compile_job(job: int) -> dict[str, Any]:
-    """Compile for one architecture (80, 90, 100) and read the machine code."""
+    """Compile for one architecture (80, 90, 100). The `text` is the machine code."""
     label, launch, arch = _jobs[job]
     built = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
-        listing = _tool("nvdisasm", "-c", "--no-dataflow", cubin.name)  # which changes nothing here but the time
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", listing)
-    while code and code[-1] in ("NOP", "BRA"):  # padding behind the end
-        code.pop()
     return {
         "kernel": launch.kernel.__name__,
         "label": f"{label}, sm_{arch}",
@@ -152,16 +150,47 @@ def compile_job(job: int) -> dict[str, Any]:
         "shared": built.metadata.shared,
         "scratch": built.metadata.global_scratch_size,
         **{name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)},
-        "instructions": len(code),
-        "tma": sum(op.startswith("UTMALDG") for op in code),
-        "tensor_cores": sum(op.startswith(("HGMMA", "HMMA", "UTCHMMA")) for op in code),
-        "wgmma": sum(op.startswith("HGMMA") for op in code),
-        "wide_loads": sum(re.match(r"LDG(STS)?\.E\b.*\.128\b", op) is not None for op in code),
-        "wide_stores": sum(op.startswith("STG.E.128") for op in code),
-        "spills": [op for op in code if op.startswith(("LDL", "STL"))],
-        "doubles": [op for op in code if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]
-        + re.findall(r"\w+\.f64\S*", built.asm["ptx"]),
+        "doubles": re.findall(r"\w+\.f64\S*", built.asm["ptx"]),
+        "text": text_of(built.asm["cubin"]),
     }
+
+
+def text_of(elf: bytes) -> bytes:
+    """The instructions in a cubin: its sections named .text, by the table of sections of ELF for 64 bits."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names = struct.unpack_from("<3H", elf, 0x3A)
+    sections = [struct.unpack_from("<I20xQQ", elf, table + i * size) for i in range(count)]
+    named = [(elf[sections[names][1] + name :], elf[start : start + length]) for name, start, length in sections]
+    return b"".join(content for name, content in named if name.startswith(b".text."))
+
+
+def read(found: list[dict[str, Any]]) -> None:
+    """Put what the machine code says in the place of each `text`. All of an architecture is disassembled at once: for
+    one kernel, to start takes longer than the work."""
+    for arch in {v["arch"] for v in found}:
+        those = [v for v in found if v["arch"] == arch]
+        with tempfile.NamedTemporaryFile(suffix=".bin") as binary:
+            binary.write(b"".join(v["text"] for v in those))
+            binary.flush()
+            as_arch = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+            listing = _tool("nvdisasm", "-c", "--no-dataflow", "-b", as_arch, binary.name)
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", listing)
+        assert len(opcodes) == sum(len(v["text"]) for v in those) // 16  # bytes an instruction
+        rest = iter(opcodes)
+        for v in those:
+            code = list(itertools.islice(rest, len(v.pop("text")) // 16))
+            while code and code[-1] in ("NOP", "BRA"):  # padding behind the end
+                code.pop()
+            v |= {
+                "instructions": len(code),
+                "tma": sum(op.startswith("UTMALDG") for op in code),
+                "tensor_cores": sum(op.startswith(("HGMMA", "HMMA", "UTCHMMA")) for op in code),
+                "wgmma": sum(op.startswith("HGMMA") for op in code),
+                "wide_loads": sum(re.match(r"LDG(STS)?\.E\b.*\.128\b", op) is not None for op in code),
+                "wide_stores": sum(op.startswith("STG.E.128") for op in code),
+                "spills": [op for op in code if op.startswith(("LDL", "STL"))],
+            }
+            v["doubles"] += [op for op in code if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b|\w+.*\.F64", op)]
 
 
 def _tool(name: str, *args: str) -> str:
@@ -181,7 +210,9 @@ def main(archs: list[int]) -> None:
                     _jobs.append((label, launch, arch))
     # Forked, because a kernel does not pickle.
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        print(json.dumps(list(pool.map(compile_job, range(len(_jobs))))))
+        found = list(pool.map(compile_job, range(len(_jobs))))
+    read(found)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
