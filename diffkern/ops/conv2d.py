@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffkern import direct, taps, winograd
+from diffkern import direct, implicit_gemm, taps, winograd
 from diffkern.check import shaped, unfit
 from diffkern.invariant import apart
 from diffkern.layout import accumulate, fast_dtype, memory_format, of_one_dtype
@@ -129,6 +129,9 @@ def _(
     elif pixels := winograd.tile(weight, stride, sides, upsample, (shape[2], shape[3]), x.dtype):
         images = x.contiguous(memory_format=torch.channels_last)
         y = winograd.convolve(images, weight, bias, sides, add, residual, activation == "silu", upsample, pixels)
+    elif implicit_gemm.pays(weight, sides, upsample, (shape[2], shape[3]), x.dtype):
+        images = x.contiguous(memory_format=torch.channels_last)
+        y = implicit_gemm.convolve(images, weight, bias, stride, sides, add, residual, activation == "silu")
     else:
         y = direct.convolve(x, weight, bias, stride, sides, add, residual, activation, upsample)
     return y.contiguous(memory_format=memory_format(x))
@@ -170,9 +173,12 @@ def _(
     add: Tensor | None, residual: Tensor | None, activation: str, upsample: bool,
 ) -> Tensor:  # fmt: skip
     if run.name == "cpu":
-        _, _, *size = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
-        if taps.pay(weight, stride, upsample, x.dtype) or winograd.tile(
-            weight, stride, _sides(padding, weight), upsample, (size[0], size[1]), x.dtype
+        _, _, *shape = _check(x, weight, bias, stride, padding, add, residual, activation, upsample)
+        sides, size = _sides(padding, weight), (shape[0], shape[1])
+        if (
+            taps.pay(weight, stride, upsample, x.dtype)
+            or winograd.tile(weight, stride, sides, upsample, size, x.dtype)
+            or implicit_gemm.pays(weight, sides, upsample, size, x.dtype)
         ):
             return run(x, weight, bias, stride, padding, add, residual, activation, upsample)  # our own kernel
     return apart(lambda x, a, r: run(x, weight, bias, stride, padding, a, r, activation, upsample), x, add, residual)
