@@ -34,7 +34,9 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:strict_string_checks=1",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
-TESTS = ("ops", "fuzz", "fuzz_found", "arguments", "winograd", "taps", "packing", "vlb_term")
+TESTS = (
+    "ops", "fuzz", "fuzz_found", "arguments", "linear", "implicit_gemm", "winograd", "taps", "packing", "vlb_term",
+)  # fmt: skip
 LEFT_OUT = "not triton and not -reference and not compile and not opcheck and not freed_memory"
 
 

@@ -194,9 +194,9 @@ def test_the_kernel_refuses_what_does_not_fit():
         ({"sides": (1, 1)}, "padding must be four numbers"),
         ({"sides": (0, 3, 0, 0)}, "less than the kernel"),
         ({"x": x[:1, :, :1], "sides": (1, 1, 0, 0)}, "nothing to convolve"),
-        ({"bias": torch.zeros(7)}, r"bias must be a dense \[8\] of the dtype of x, got \[7\]"),
-        ({"add": torch.zeros(8, 2).T}, r"add must be a dense \[2, 8\]"),
-        ({"residual": torch.zeros(2, 8, 6, 6)}, r"residual must be a dense \[2, 8, 6, 6\]"),
+        ({"bias": torch.zeros(7)}, r"bias must be contiguous \[8\], got \[7\]"),
+        ({"add": torch.zeros(8, 2).T}, r"add must be contiguous \[2, 8\]"),
+        ({"residual": torch.zeros(2, 8, 6, 6)}, "residual must have the shape, layout and dtype"),
     ):
         with pytest.raises(RuntimeError, match=sentence):
             run(**wrong)

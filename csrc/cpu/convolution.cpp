@@ -2,6 +2,7 @@
 // convolution.h's.
 #include "convolution.h"
 #include "dense.h"
+#include "shifts.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -45,29 +46,6 @@ void run(const Convolution<T>& c) {
       });
 }
 
-// bias + add, a row a sample, or one row if there is no add; filled up with zeros.
-std::vector<float> shifts(const Picture& p, int64_t results, int64_t width, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& add) {
-  std::vector<float> out((add ? p.batch : 1) * width), row(results);
-  const auto each = [&](const Tensor& t, int64_t batch) {
-    with_dtype(kOp, t.scalar_type(), [&]<class T>(T*) {
-      for (size_t b = 0; b < out.size() / width; ++b) {
-        widen(static_cast<const T*>(t.const_data_ptr()) + b % batch * results, row.data(), results);
-        for (int64_t i = 0; i < results; ++i) {
-          out[b * width + i] += row[i];
-        }
-      }
-    });
-  };
-  if (bias) {
-    each(*bias, 1);
-  }
-  if (add) {
-    each(*add, p.batch);
-  }
-  return out;
-}
-
 // A weight [N, R, S, C] in panels.
 Tensor convolution_weight(const Tensor& weight) {
   check(weight.dim() == 4 && weight.is_contiguous() && weight.numel() > 0, kOp,
@@ -102,21 +80,11 @@ Tensor convolution(const Tensor& x, const Tensor& weight, int64_t results, std::
   check(x.numel() > 0 && down >= 0 && across >= 0, kOp, ": nothing to convolve in ", shape_of(x));
   p.out_height = down / stride + 1, p.out_width = across / stride + 1;
   const std::vector<int64_t> shape = {p.batch, results, p.out_height, p.out_width};
-  const auto fits = [&](const char* name, const Tensor& t, const std::vector<int64_t>& size, bool dense) {
-    check(dense && has_shape(t, size) && t.scalar_type() == x.scalar_type(), kOp, ": ", name, " must be a dense ",
-          shape_of(size), " of the dtype of x, got ", shape_of(t));
-  };
-  if (bias) {
-    fits("bias", *bias, {results}, bias->is_contiguous());
-  }
-  if (add) {
-    fits("add", *add, {p.batch, results}, add->is_contiguous());
-  }
-  if (residual) {
-    fits("residual", *residual, shape, is_channels_last(*residual));
-  }
+  check(!residual || (is_channels_last(*residual) && has_shape(*residual, shape) &&
+                      residual->scalar_type() == x.scalar_type()),
+        kOp, ": residual must have the shape, layout and dtype of the result");
   const Columns columns{results, false};
-  const std::vector<float> shift = shifts(p, results, columns.total(), bias, add);
+  const std::vector<float> shift = shifts(kOp, p.batch, results, columns.total(), bias, add);
   Tensor out = empty(shape, x.scalar_type(), /*channels_last=*/true);
   if (p.lines == 1 && p.columns == 1 && stride == 1) {  // each picture is one line
     p.out_width *= p.out_height, p.width *= p.height;

@@ -1,6 +1,7 @@
 // winograd: 3 x 3 convolutions of stride 1 by winograd.h, see diffkern/winograd.py. All of a block of tiles is done
 // while it is in the cache: winograd_worker.h.
 #include "dense.h"
+#include "shifts.h"
 #include "winograd_worker.h"
 
 #include <torch/csrc/stable/library.h>
@@ -27,32 +28,6 @@ void run(const Problem& p, const Data<T, F>& data) {
       worker.run(i / groups, i % groups);
     }
   });
-}
-
-// bias + add, a row a sample, or one row if there is no add; filled up with zeros.
-std::vector<float> shifts(const Problem& p, const std::optional<Tensor>& bias, const std::optional<Tensor>& add,
-                          int64_t width) {
-  std::vector<float> out((add ? p.batch : 1) * width);
-  std::vector<float> row(p.results);
-  const auto each = [&](const char* name, const Tensor& t, const std::vector<int64_t>& shape, int64_t batch) {
-    check(t.is_contiguous() && has_shape(t, shape), kOp, ": ", name, " must be contiguous ", shape_of(shape), ", got ",
-          shape_of(t));
-    with_dtype(kOp, t.scalar_type(), [&]<class T>(T*) {
-      for (size_t b = 0; b < out.size() / width; ++b) {
-        widen(static_cast<const T*>(t.const_data_ptr()) + b % batch * p.results, row.data(), p.results);
-        for (int64_t i = 0; i < p.results; ++i) {
-          out[b * width + i] += row[i];
-        }
-      }
-    });
-  };
-  if (bias) {
-    each("bias", *bias, {p.results}, 1);
-  }
-  if (add) {
-    each("add", *add, {p.batch, p.results}, p.batch);
-  }
-  return out;
 }
 
 Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vector<int64_t> padding,
@@ -89,7 +64,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
     ++blocks;
   }
   p.block = (p.tiles() + blocks - 1) / blocks;
-  const std::vector<float> shift = shifts(p, bias, add, panels.total);
+  const std::vector<float> shift = shifts(kOp, p.batch, results, panels.total, bias, add);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
     const T* rest = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
     with_form(pixels, upsample, [&]<class F>() {
