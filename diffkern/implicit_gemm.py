@@ -53,7 +53,7 @@ def convolve(
     copy = packed(
         [weight],
         "implicit GEMM",
-        lambda: torch.ops.diffkern_C.convolution_weight(weight.permute(0, 2, 3, 1).contiguous()),
+        lambda: torch.ops.diffkern_C.panels(weight.permute(0, 2, 3, 1).flatten(2).contiguous(), False),
     )
     bias = None if bias is None else bias.contiguous()
     add = None if add is None else add.contiguous()

@@ -26,7 +26,7 @@ SIZES = ((1, 1, 1, 1), (3, 7, 33, 17), (2, 37, 601, 47), (3, 100, 64, 96))
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None,
             gate: Tensor | None) -> Tensor:  # fmt: skip
     gated = activation in GATED
-    copy, n = torch.ops.diffkern_C.linear_weight(weight, gated), len(weight) // (2 if gated else 1)
+    copy, n = torch.ops.diffkern_C.panels(weight, gated), len(weight) // (2 if gated else 1)
     return torch.ops.diffkern_C.linear(x, copy, n, bias, list(ACTIVATIONS).index(activation), gate, residual)
 
 
@@ -99,13 +99,15 @@ def test_which_layers_are_ours_depends_on_no_batch(monkeypatch):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("all products are oneDNN's without AVX-512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    short, long = (make((32, k), "cpu", torch.float32, seed=1) / k**0.5 for k in (24, 1000))
+    short, long = (make((32, k), "cpu", torch.float32, seed=1) / k**0.5 for k in (24, 1200))
     for batch in (1, 3):
         rows, tokens = make((batch, 24), "cpu", torch.float32), make((batch, 4, 24), "cpu", torch.float32)
-        many = make((batch, 4, 1000), "cpu", torch.float32)
+        many = make((batch, 4, 1200), "cpu", torch.float32)
         assert used(monkeypatch, rows, short, "silu") == {"ours"}
         assert used(monkeypatch, tokens, short, "geglu") == {"ours"}
         assert used(monkeypatch, tokens, short, "none") == {"oneDNN"}
+        assert used(monkeypatch, tokens, short, "gelu_tanh") == {"oneDNN"}
+        assert used(monkeypatch, tokens.bfloat16(), short.bfloat16(), "gelu_tanh") == {"ours"}
         assert used(monkeypatch, many, long, "geglu") == {"oneDNN"}
         with diffkern.batch_invariant():
             assert used(monkeypatch, tokens, short, "none") == {"ours"}

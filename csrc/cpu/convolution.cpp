@@ -12,57 +12,16 @@ namespace diffkern {
 namespace {
 
 constexpr const char* kOp = "diffkern::convolution";
-constexpr int64_t kFew = 4 * kRows, kMost = 14 * kRows;  // pixels of a block
-constexpr int64_t kHeld = 1 << 17, kNear = 1 << 20;      // words
-constexpr int64_t kGrain = 1 << 19;                      // multiply-adds that are worth another thread
-
-// What a weight is kept in.
-template <class T>
-constexpr ScalarType kKept = Words<T>::kNumbers == 2 ? ScalarType::BFloat16 : ScalarType::Float;
+constexpr int64_t kNear = 1 << 20;  // words of a weight that comes from a cache that is not far
 
 template <class T>
 void run(const Convolution<T>& c) {
   using W = Words<T>;
   const Taps taps(c.picture, W::kNumbers, sizeof(T) * W::kNumbers == sizeof(typename W::Word));
-  const int64_t threads = torch::stable::get_num_threads(), pixels = taps.pixels(), panels = c.columns.panels();
-  // The rows of a block stay in a near cache, if its weight comes from one that is not far.
+  // The rows of a block stay in a near cache, if its weight is not far.
   const int64_t words = taps.words();
   const int64_t most = words * c.columns.total() <= kNear ? std::clamp(kHeld / words, kFew, kMost) : kMost;
-  int64_t blocks = (pixels + most - 1) / most;
-  // A few blocks more than needed, or some of the panels each, where that gives every thread the same share.
-  while (blocks % threads != 0 && blocks < 16 * threads && pixels / (blocks + 1) >= kFew) {
-    ++blocks;
-  }
-  const int64_t groups = blocks % threads == 0 ? 1 : std::min(threads, panels);
-  const int64_t work = pixels * words * c.columns.total() / (blocks * groups);
-  torch::stable::parallel_for(
-      0, blocks * groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), [&](int64_t begin, int64_t end) {
-        PixelWorker<T> worker(c, taps, (pixels + blocks - 1) / blocks);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t block = i / groups, group = i % groups;
-          worker.run(pixels * block / blocks, pixels * (block + 1) / blocks, panels * group / groups,
-                     panels * (group + 1) / groups);
-        }
-      });
-}
-
-// A weight [N, R, S, C] in panels.
-Tensor convolution_weight(const Tensor& weight) {
-  check(weight.dim() == 4 && weight.is_contiguous() && weight.numel() > 0, kOp,
-        ": weight must be contiguous [N, R, S, C], got ", shape_of(weight));
-  const int64_t n = weight.size(0), lines = weight.size(1), channels = weight.size(2) * weight.size(3);
-  const Columns columns{n, false};
-  std::optional<Tensor> out;
-  with_dtype(kOp, weight.scalar_type(), [&]<class T>(T*) {
-    using W = Words<T>;
-    const int64_t words = lines * words_of<W>(channels);
-    out = empty({words, columns.total() * W::kNumbers}, kKept<T>);
-    auto* to = reinterpret_cast<typename W::Word*>(const_cast<void*>(out->const_data_ptr()));
-    torch::stable::parallel_for(0, columns.panels(), 1, [&](int64_t begin, int64_t end) {
-      arrange(columns, lines, channels, static_cast<const T*>(weight.const_data_ptr()), begin, end, to);
-    });
-  });
-  return *out;
+  share_out(taps.pixels(), most, words, c.columns, [&](int64_t rows) { return PixelWorker<T>(c, taps, rows); });
 }
 
 Tensor convolution(const Tensor& x, const Tensor& weight, int64_t results, std::vector<int64_t> kernel, int64_t stride,
@@ -106,14 +65,12 @@ Tensor convolution(const Tensor& x, const Tensor& weight, int64_t results, std::
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
-  m.def("convolution_weight(Tensor weight) -> Tensor");
   m.def(
       "convolution(Tensor x, Tensor weight, SymInt results, int[] kernel, int stride, SymInt[] padding, Tensor? bias, "
       "Tensor? add, bool silu, Tensor? residual) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) {
-  m.impl("convolution_weight", TORCH_BOX(&convolution_weight));
   m.impl("convolution", TORCH_BOX(&convolution));
 }
 

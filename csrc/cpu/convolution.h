@@ -18,14 +18,12 @@
 
 namespace diffkern {
 
-constexpr int kRows = kRegisters * 3 / 8;  // that are multiplied at once: of more, addresses would not be in registers
-
 template <class T>
 struct Convolution {
   Picture picture;
   Columns columns;
   const T* x;
-  const typename Words<T>::Word* weight;  // of convolution_weight
+  const typename Words<T>::Word* weight;  // in panels
   const float* shift;                     // bias and add, [B, columns.total()], or of one row if there is no add
   int64_t shift_step;
   const T* residual;  // or nullptr
@@ -176,43 +174,29 @@ class PixelWorker {
         }
       }
       if (end == words_) {
-        finish<V>(panel, part, kept);
+        finish_part<V>(panel, part, kept);
       }
     }
   }
 
   // What follows the sums of some pixels.
   template <int V>
-  void finish(int64_t panel, const Part& part, Vector* sums) {
+  void finish_part(int64_t panel, const Part& part, Vector* sums) const {
+    constexpr const T* none = nullptr;
     const int64_t results = c_.columns.results, at = panel * kPanel, n = std::min(V * kLanes, results - at);
     for (int64_t i = part.begin; i < part.end; ++i, sums += V) {
       const Pixel& pixel = pixels_[i];
       const int64_t place = pixel.place * results + at;
       const float* shift = c_.shift + pixel.sample * c_.shift_step + at;
       const T* residual = c_.residual == nullptr ? nullptr : c_.residual + place;
-      n == V * kLanes ? finish<V>(sums, shift, residual, c_.out + place, V * kLanes)
-                      : finish<V>(sums, shift, residual, c_.out + place, n);
-    }
-  }
-
-  // Inlined, for n to be a constant where it can be.
-  template <int V>
-  [[gnu::always_inline]] void finish(Vector* y, const float* shift, const T* residual, T* out, int64_t n) const {
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < V; ++v) {
-      y[v] += *reinterpret_cast<const LooseVector*>(shift + v * kLanes);
-    }
-    if (c_.silu) {
-      auto* sums = reinterpret_cast<float*>(y);
-      for (int64_t i = 0; i < V * kLanes; ++i) {
-        sums[i] = fast_silu(sums[i]);
+      T* out = c_.out + place;
+      if (n == V * kLanes) {
+        c_.silu ? finish<kSilu, V>(sums, shift, none, residual, out, V * kLanes)
+                : finish<kNone, V>(sums, shift, none, residual, out, V * kLanes);
+      } else {
+        c_.silu ? finish<kSilu, V>(sums, shift, none, residual, out, n)
+                : finish<kNone, V>(sums, shift, none, residual, out, n);
       }
-    }
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < V; ++v) {
-      const int64_t left = n - v * kLanes;
-      const Vector rest = residual == nullptr ? Vector{} : load_lanes(residual + v * kLanes, left);
-      store_lanes(residual == nullptr ? y[v] : y[v] + rest, out + v * kLanes, left);
     }
   }
 

@@ -1,6 +1,6 @@
-// linear and its weight, see diffkern/ops/linear.py. The product is matrix.h's.
+// linear, and a weight in panels, see diffkern/ops/linear.py. The product is linear.h's.
 #include "dense.h"
-#include "matrix.h"
+#include "linear.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,10 +10,6 @@ namespace diffkern {
 namespace {
 
 constexpr const char* kOp = "diffkern::linear";
-
-// What a weight is kept in.
-template <class T>
-constexpr ScalarType kKept = Words<T>::kNumbers == 2 ? ScalarType::BFloat16 : ScalarType::Float;
 
 // [rows, columns.total()] in float32, in the order of the sums: zeros where there is none.
 std::vector<float> arranged(const Columns& columns, const std::optional<Tensor>& bias) {
@@ -32,7 +28,7 @@ std::vector<float> arranged(const Columns& columns, const std::optional<Tensor>&
 
 // A weight [N, K], or [N, taps, channels] for a convolution, in panels. gated: whether its second half of rows gates
 // the first.
-Tensor linear_weight(const Tensor& weight, bool gated) {
+Tensor panels(const Tensor& weight, bool gated) {
   check(weight.dim() >= 2 && weight.is_contiguous() && weight.numel() > 0, kOp,
         ": weight must be contiguous [N, ..., channels], got ", shape_of(weight));
   const int64_t n = weight.size(0), channels = weight.size(weight.dim() - 1), taps = weight.numel() / n / channels;
@@ -75,18 +71,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t results, const std:
     check(weight.is_contiguous() && weight.scalar_type() == kKept<T> &&
               weight.numel() == words_of<W>(channels) * columns.total() * W::kNumbers,
           kOp, ": weight was packed for another shape");
-    std::vector<float> gates(gate ? gate->numel() : 0);
-    if (gate) {
-      widen(static_cast<const T*>(gate->const_data_ptr()), gates.data(), gate->numel());
-    }
-    const T* in = static_cast<const T*>(x.const_data_ptr());
-    const Matrix<T> m{rows, 1, channels, rows / x.size(0), columns,
-                      static_cast<const typename W::Word*>(weight.const_data_ptr()), shift.data(), 0,
-                      gate ? gates.data() : nullptr,
-                      residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, data_of<T>(out)};
-    with_activation(kOp, activation, [&](auto kind) {
-      multiply<decltype(kind)::value>(m, [=](int64_t row, int64_t) { return in + row * channels; });
-    });
+    const auto numbers = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+    };
+    const Matrix<T> m{rows, channels, rows / x.size(0), columns, static_cast<const T*>(x.const_data_ptr()),
+                      static_cast<const typename W::Word*>(weight.const_data_ptr()), shift.data(), numbers(gate),
+                      numbers(residual), data_of<T>(out)};
+    with_activation(kOp, activation, [&](auto kind) { multiply<decltype(kind)::value>(m); });
   });
   return out;
 }
@@ -94,14 +85,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, int64_t results, const std:
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
-  m.def("linear_weight(Tensor weight, bool gated) -> Tensor");
+  m.def("panels(Tensor weight, bool gated) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, SymInt results, Tensor? bias, SymInt activation, Tensor? gate, "
       "Tensor? residual) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) {
-  m.impl("linear_weight", TORCH_BOX(&linear_weight));
+  m.impl("panels", TORCH_BOX(&panels));
   m.impl("linear", TORCH_BOX(&linear));
 }
 

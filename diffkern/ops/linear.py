@@ -115,8 +115,8 @@ _POST_OPS: dict[str, tuple[str, list[float], str]] = {
 _ROWS = 256
 # Beyond this many features oneDNN sums a single row in another order than the rows of a batch: it is given two.
 _LONG = 1024
-# Up to so many features a gated unit is ours.
-_SHORT = 512
+# Up to so many features a layer is ours whose activation oneDNN leaves to another pass.
+_SHORT = 1024
 
 
 @linear.backend("cpu", devices=("cpu",), supports=_supports, strided=True)
@@ -141,8 +141,9 @@ def ours(x: Tensor, weight: Tensor, activation: str) -> bool:
     if not _measured() or (native and torch.cpu._is_amx_tile_supported()):
         return False
     # Rows that are samples, as of a time embedding, are few: to begin takes oneDNN longer. Of 16-bit types without
-    # instructions and of gated units it passes over more memory, which weighs where sums are short.
-    short = activation in GATED and weight.shape[1] <= _SHORT
+    # instructions, and for what is no post-op of its own, it passes over more memory: that weighs where sums are short.
+    another = activation in GATED or (native and activation not in _POST_OPS)
+    short = another and weight.shape[1] <= _SHORT
     return x.dim() == 2 or compute_dtype(x.dtype) != x.dtype or short or is_on()
 
 
@@ -156,7 +157,7 @@ def multiply(
     if ours(x, weights[0], activation):
         gated = activation in GATED
         copy = packed(
-            weights, ("panels", gated), lambda: torch.ops.diffkern_C.linear_weight(_joined(weights).contiguous(), gated)
+            weights, ("panels", gated), lambda: torch.ops.diffkern_C.panels(_joined(weights).contiguous(), gated)
         )
         product = torch.ops.diffkern_C.linear.default
         return product(x.contiguous(), copy, shape[-1], bias, _NUMBER[activation], gate, residual)
