@@ -117,8 +117,8 @@ def test_calls_are_timed_in_turn(cuda):
     assert refused == {"cannot": "No available kernel."}
     assert [len(s) for s in seconds.values()] == [3]
     assert 0 < launched["add"] < 1
-    # the stand-in's replay takes a millisecond, however many calls it is of
-    assert seconds["add"][0] == pytest.approx(1e-3 / gpu.Replay(binds["add"], sets).calls, rel=2)
+    # the stand-in's replay takes a millisecond, however many calls it is of; a busy machine lets some wait
+    assert min(seconds["add"]) == pytest.approx(1e-3 / gpu.Replay(binds["add"], sets).calls, rel=2)
 
 
 def test_a_row_of_a_gpu_says_all_that_was_measured(cuda, monkeypatch):
