@@ -1,8 +1,8 @@
 """Whole networks and sampling runs, diffkern against what users have today, on the same weights.
 
 Every variant is first run in a process of its own: how long its first call takes, what memory it needs, and whether
-its result is that of diffusers in float32. One that is wrong is refused. Then all are timed in turn in one process, and
-diffkern is profiled. What a GPU runs: end_to_end_gpu.py.
+its result is that of diffusers in float32. One that is wrong is refused. Then all are timed in turn in one process, for
+a second of calls or one call each, and diffkern is profiled. What a GPU runs: end_to_end_gpu.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from diffkern.columns import aligned
 from diffkern.progress import progress_bar
 
 SLOW = 3.0  # seconds of a call: above, there are fewer of them
+AT_LEAST = 1.0  # seconds of a measurement: a sampler calls a network again and again, with what it needs in the caches
 EACH = 2 * 3600.0  # seconds that a process may take for an answer: compilers need many minutes
 
 
@@ -87,7 +88,7 @@ def together(network: str, names: list[str], dtype: str, folder: str, rounds: in
     runs = {name: make[name](NETWORKS[network], Path(folder), DTYPES[dtype]) for name in names}
     for run in runs.values():
         run()
-    seconds = record.interleave(runs, rounds)
+    seconds = record.interleave(runs, rounds, AT_LEAST)
     with torch.profiler.profile() as found:
         runs["diffkern"]()
     times = {e.key: e.self_cpu_time_total for e in found.key_averages()}
