@@ -71,7 +71,7 @@ class Recipe(NamedTuple):
 def cpu_recipe(level: str) -> Recipe:
     """The library of the C++ kernels for one instruction-set level."""
     compiler = find_compiler()
-    return Recipe("cpu", f"{compiler} {level_flags(level)}", f"{compiler} -shared", _version(compiler), 35)
+    return Recipe("cpu", f"{compiler} {level_flags(level)}", f"{compiler} -shared", _version(compiler), 50)
 
 
 def cuda_recipe(capabilities: Iterable[tuple[int, int]]) -> Recipe:
