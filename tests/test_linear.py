@@ -111,6 +111,7 @@ def test_which_layers_are_ours_depends_on_no_batch(monkeypatch):
         assert used(monkeypatch, many, long, "geglu") == {"oneDNN"}
         with diffkern.batch_invariant():
             assert used(monkeypatch, tokens, short, "none") == {"ours"}
+            assert used(monkeypatch, many, long, "none") == {"ours"}
     half = torch.float16
     expected = {"ours"} if packing.compute_dtype(half) != half else {"oneDNN"}
     assert used(monkeypatch, tokens.half(), short.half(), "none") == expected
@@ -120,4 +121,13 @@ def test_sixteen_bits_stay_with_onednn_where_there_is_amx(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(module, "compute_dtype", lambda dtype: dtype)  # as it would be there
     x, weight = make((3, 24), "cpu", torch.bfloat16), make((32, 24), "cpu", torch.bfloat16, seed=1)
-    assert not module.ours(x, weight, "silu")
+    assert not module.ours(x, weight, "silu", gated=True)
+
+
+def test_a_gated_layer_of_long_sums_is_within_its_bound():
+    """By oneDNN, in one sum of 1536 products, its error was 1.4 times what is allowed: a benchmark refused it."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("all products are oneDNN's without AVX-512")
+    sample = next(s for s in OPS["linear"].make_samples("cpu", torch.float32) if s.name == "DiT-S/2 MLP out")
+    args = sample.args()
+    judge("linear", (diffkern.linear(*args),), (OPS["linear"].reference(*args),), oracle(OPS["linear"], args))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffkern.check import shaped, unfit
 from diffkern.invariant import apart, is_on, rows
-from diffkern.layout import accumulate, fast_dtype, of_one_dtype
+from diffkern.layout import accumulate, fast_dtype, joined, of_one_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
 from diffkern.packing import compute_dtype, packed
 
@@ -134,17 +134,19 @@ def _measured() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def ours(x: Tensor, weight: Tensor, activation: str) -> bool:
-    """Whether diffkern's own product computes this layer, as fast as oneDNN's or faster. The batch has no say: a sample
-    alone must come out as it does in a batch, which is why all layers are ours under `batch_invariant()`."""
+def ours(x: Tensor, weight: Tensor, activation: str, gated: bool) -> bool:
+    """Whether diffkern's own product computes this layer, as fast as oneDNN's or faster. gated: with adaLN's gate. The
+    batch has no say: a sample alone must come out as it does in a batch, which is why all layers are ours under
+    `batch_invariant()`."""
     native = x.dtype != torch.float32 and compute_dtype(x.dtype) == x.dtype
     if not _measured() or (native and torch.cpu._is_amx_tile_supported()):
         return False
     # Rows that are samples, as of a time embedding, are few: to begin takes oneDNN longer. Of 16-bit types without
     # instructions, and for what is no post-op of its own, it passes over more memory: that weighs where sums are short.
+    # With a gate its error in float32, of one long sum, is more than a backend may have.
     another = activation in GATED or (native and activation not in _POST_OPS)
     short = another and weight.shape[1] <= _SHORT
-    return x.dim() == 2 or compute_dtype(x.dtype) != x.dtype or short or is_on()
+    return x.dim() == 2 or compute_dtype(x.dtype) != x.dtype or short or gated or is_on()
 
 
 def multiply(
@@ -154,19 +156,14 @@ def multiply(
     """The arguments of the op, of weights side by side, and the shape of the result."""
     # Side by side in memory too: oneDNN reads a bias as if its numbers were.
     bias, residual, gate = (None if t is None else t.contiguous() for t in (bias, residual, gate))
-    if ours(x, weights[0], activation):
-        gated = activation in GATED
-        copy = packed(
-            weights, ("panels", gated), lambda: torch.ops.diffkern_C.panels(_joined(weights).contiguous(), gated)
-        )
+    if ours(x, weights[0], activation, gate is not None):
+        halves = activation in GATED
+        panels = torch.ops.diffkern_C.panels
+        copy = packed(weights, ("panels", halves), lambda: panels(joined(weights).detach().contiguous(), halves))
         product = torch.ops.diffkern_C.linear.default
         return product(x.contiguous(), copy, shape[-1], bias, _NUMBER[activation], gate, residual)
-    copy = packed(weights, ("linear", compute_dtype(x.dtype)), lambda: _pack(_joined(weights)))
+    copy = packed(weights, ("linear", compute_dtype(x.dtype)), lambda: _pack(joined(weights).detach()))
     return _by_onednn(x, copy, bias, activation, residual, gate, shape)
-
-
-def _joined(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
 
 
 def _by_onednn(
@@ -230,7 +227,7 @@ def _(
     run: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None,
     gate: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if run.name == "cpu" and ours(x, weight, activation):
+    if run.name == "cpu" and ours(x, weight, activation, gate is not None):
         return run(x, weight, bias, activation, residual, gate)
     alone = rows if x.dim() == 2 else apart
     return alone(lambda x, r, g: run(x, weight, bias, activation, r, g), x, residual, gate)

@@ -122,7 +122,7 @@ def compose(
 @query_key_value.batch_invariant
 def _(run: Backend, x: Tensor, q_weight: Tensor, *others: Tensor | None) -> Tensor:
     parameters = (q_weight, *others)
-    if run.name == "cpu" and ours(x, q_weight, "none"):
+    if run.name == "cpu" and ours(x, q_weight, "none", gated=False):
         return run(x, *parameters)
     return (rows if x.dim() == 2 else apart)(lambda x: run(x, *parameters), x)
 
