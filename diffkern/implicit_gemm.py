@@ -25,15 +25,14 @@ def _measured() -> bool:
 
 def pays(weight: Tensor, sides: Sequence[int], upsample: bool, size: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether this convolution is computed so: where it is no slower than oneDNN's, and under `batch_invariant()`
-    wherever it can be, since oneDNN would be given one sample at a time. size: H' and W'. The batch has no say. It has
-    not been timed against AMX."""
+    wherever it can be. size: H' and W'. The batch has no say. It has not been timed against AMX."""
     n, channels, *kernel = weight.shape
     if upsample or max(sides[:2]) >= kernel[1] or max(sides[2:]) >= kernel[0] or not _measured():
         return False
     native = compute_dtype(dtype, convolution=True) == dtype
     if native and dtype != torch.float32 and torch.cpu._is_amx_tile_supported():
         return False
-    if not native or invariant.is_on():  # oneDNN's would convert whole pictures
+    if not native or invariant.is_on():  # oneDNN would be given converted pictures, or one sample at a time
         return True
     # Of few channels the taps are gathered a few numbers at a time. Many pixels and many weights leave the caches, and
     # there oneDNN has the last percent.

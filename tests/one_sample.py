@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -38,3 +38,21 @@ def alone(op: Op, args: tuple[object, ...], i: int) -> list[object]:
         return picked.contiguous(memory_format=layout) if is_dense(a) else picked
 
     return [pick(parameter, a) for parameter, a in zip(op.signature.parameters, args, strict=True)]
+
+
+def assert_own_bits(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Neither the number of threads nor the other samples of a batch change a bit of run(x). x: [5, ...]."""
+    threads = torch.get_num_threads()
+
+    def by(n: int, x: Tensor) -> Tensor:
+        torch.set_num_threads(n)
+        return run(x)
+
+    try:
+        one, two, five = (by(n, x) for n in (1, 2, 5))
+        alone = torch.cat([by(2, x[i : i + 1]) for i in range(5)])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, two)
+    assert torch.equal(one, five)
+    assert torch.equal(one, alone)
