@@ -85,6 +85,20 @@ def test_calls_are_timed_in_turn():
     assert [len(times) for times in found.values()] == [3, 3]
 
 
+def test_short_calls_are_timed_for_a_while_and_long_ones_once(monkeypatch):
+    now, calls = [0.0], {"short": 0, "long": 0}
+
+    def call(name: str, seconds: float) -> None:
+        now[0] += seconds
+        calls[name] += 1
+
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
+    runs = {"short": functools.partial(call, "short", 0.25), "long": functools.partial(call, "long", 3.0)}
+    found = record.interleave(runs, 2, at_least=1.0)
+    assert found == {"short": [0.25, 0.25], "long": [3.0, 3.0]}
+    assert calls == {"short": 3 + 2 * 4, "long": 1 + 2}  # to see how long one takes, and in two rounds
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     op = OPS["timestep_embedding"]
     (first, *rest) = op.backends
