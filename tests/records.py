@@ -28,7 +28,7 @@ def form(ms: float, times: dict[str, float] | float, against: str | None = None)
 
 def network(name: str, variants: dict[str, Any], refused: dict[str, str] | None = None) -> dict[str, Any]:
     return {"network": name, "what": "a UNet", "dtype": "bfloat16", "variants": variants, "refused": refused or {},
-            "profile": {"a kernel": 0.5}}  # fmt: skip
+            "profile": {"diffkern_C::winograd": 0.3, "aten::addmm": 0.2, "a norm": 0.4}}  # fmt: skip
 
 
 def figures(us: float, floor: float | None = None, **more: float) -> dict[str, Any]:

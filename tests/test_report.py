@@ -61,6 +61,14 @@ def test_what_the_one_line_does_to_a_call_on_a_gpu(tmp_path):
     assert "| dit, bfloat16 | 4 ms | - | 8 ms | 2.50 | - |" in summary
 
 
+def test_a_network_says_what_would_be_left_to_win(tmp_path):
+    variants = {"diffkern": form(4, 1), "torch.compile": form(6, 1.5), "torch.compile, max-autotune": form(5, 1.25)}
+    write(tmp_path, "m/end_to_end-dit", network("dit", variants))
+    details = sections.details(sections.checked(tmp_path))
+    assert "Products, convolutions and attention are 50 % of it." in details
+    assert "as each rival's fastest form: torch.compile 2.50." in details  # 1.25 of half the time
+
+
 def test_an_op_on_a_gpu_is_measured_by_the_floor_of_the_device(gpu):
     details = sections.details(gpu)
     assert "NVIDIA H200, torch 2.11.0+cu130 (a copy 4300 GB/s, read and written; a bfloat16 product 788 TFL" in details

@@ -10,6 +10,9 @@ from diffkern.bench.report.records import Record, Standing, by_machine, digits, 
 NAME = "end_to_end-*"
 OURS, GRAPHED = "diffkern", "diffkern, graphed"
 LOADED, ACCELERATED, RECORDED = "diffusers", "diffusers, accelerated", "diffusers, accelerated, recorded"
+# What every program must compute: matrix products, convolutions and attention, by the names of their kernels on a CPU.
+PRODUCTS = ("_linear_pointwise", "_convolution_pointwise", "::addmm", "::mm", "::bmm", "_scaled_dot_product",
+            "_C::linear", "_C::convolution", "_C::winograd", "_C::taps", "_C::attention")  # fmt: skip
 Best = dict[str, tuple[str, dict[str, float]]]
 """Of each rival its fastest form, and how many times as fast diffkern is."""
 
@@ -159,7 +162,20 @@ def _network(record: Record) -> str:
         )
     if shares := ", ".join(f"{kernel} {100 * share:.0f} %" for kernel, share in r["profile"].items()):
         parts.append(f"Where diffkern's time goes: {shares}.")
+    if not on_gpu(record):
+        parts += _left_to_win(record)
     return "\n\n".join(parts)
+
+
+def _left_to_win(record: Record) -> list[str]:
+    """A sentence on how fast diffkern would be if nothing but products took time, if there are any."""
+    profile = record["results"]["profile"]
+    share = sum(share for kernel, share in profile.items() if any(name in kernel for name in PRODUCTS))
+    bounds = ", ".join(f"{of} {ratio['median'] / share:.2f}" for of, (_, ratio) in best(record).items() if share)
+    if not bounds:
+        return []
+    return [f"Products, convolutions and attention are {100 * share:.0f} % of it. If nothing else took time, diffkern "
+            f"would be so many times as fast as each rival's fastest form: {bounds}."]  # fmt: skip
 
 
 def _variant(name: str, v: dict[str, Any], deltas: list[str]) -> list[str]:
