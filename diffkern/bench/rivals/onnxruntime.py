@@ -26,8 +26,8 @@ def _session(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         file = Path(folder) / "module.onnx"
         torch.onnx.export(module, inputs, file, dynamo=True, verbose=False)
         settings = onnxruntime.SessionOptions()
-        # Its threads would spin for some 40 ms after a run, on the cores of what is timed next. With a millisecond, which
-        # is more than lies between runs, its own are as fast.
+        # Its threads would spin for some 40 ms after a run, on the cores of what is timed next. With a millisecond,
+        # which is more than lies between runs, its own are as fast.
         settings.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
         settings.intra_op_num_threads = torch.get_num_threads()
         return onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
