@@ -29,7 +29,7 @@ _FLAGS = (
     f"-Wno-unknown-pragmas -DTORCH_TARGET_VERSION={TORCH_TARGET}"
 )
 _LEVEL_FLAGS = {
-    "x86-64-v4-bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
+    "x86-64-v4-bf16": "-march=x86-64-v4 -mavx512bf16 -mavx512vnni -mprefer-vector-width=512",
     "x86-64-v4": "-march=x86-64-v4 -mprefer-vector-width=512",
     "x86-64-v3": "-march=x86-64-v3",
     "x86-64-v2": "-march=x86-64-v2",
@@ -42,7 +42,7 @@ _LEVEL_FEATURES = {
     "x86-64-v2": "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",
     "x86-64-v3": "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave",
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
-    "x86-64-v4-bf16": "avx512_bf16",
+    "x86-64-v4-bf16": "avx512_bf16 avx512_vnni",
 }
 _CUDA_FLAGS = f"-O3 -std=c++20 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION={TORCH_TARGET}"
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"

@@ -28,8 +28,8 @@ class Room {
 
   template <class Word = float>
   Word* take(int64_t words) {
-    static_assert(sizeof(Word) == sizeof(float));
-    return reinterpret_cast<Word*>(std::exchange(next_, next_ + (words + 15) / 16 * 16));
+    constexpr int64_t line = 64 / sizeof(Word);
+    return reinterpret_cast<Word*>(std::exchange(next_, next_ + (words + line - 1) / line * 16));
   }
 
  private:

@@ -14,13 +14,17 @@ namespace {
 constexpr const char* kOp = "diffkern::winograd";
 constexpr int64_t kGrain = 1 << 19;  // multiply-adds that are worth another thread
 
-// Tiles in a block: whole products, and weights enough times used, while the points of kDepth channels, their sums and
-// the weights stay in the second cache. Of 6 x 6 pixels as many as measured best.
-constexpr int64_t most_tiles(int64_t pixels) { return pixels == 6 ? 4 * 14 : 6 * 14; }
-
 template <class T, class F>
-void run(const Problem& p, const Data<T, F>& data) {
-  const int64_t groups = Panels(p.results, p.channels).groups(), blocks = (p.tiles() + p.block - 1) / p.block;
+void run(Problem p, const Data<T, F>& data) {
+  const int64_t groups = Panels(p.results, p.channels).groups(), threads = torch::stable::get_num_threads();
+  constexpr int64_t most = Points<T, F>::kTiles;
+  // A few blocks more than needed, where that gives every thread the same share.
+  int64_t blocks = (p.tiles() + most - 1) / most;
+  while (blocks * groups % threads != 0 && blocks < 16 * threads && p.tiles() / (blocks + 1) >= kRows) {
+    ++blocks;
+  }
+  p.block = (p.tiles() + blocks - 1) / blocks;
+  blocks = (p.tiles() + p.block - 1) / p.block;
   const int64_t work = p.block * F::kArea * p.channels * p.results / groups;
   torch::stable::parallel_for(0, blocks * groups, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
     Worker<T, F> worker(p, data);
@@ -32,7 +36,8 @@ void run(const Problem& p, const Data<T, F>& data) {
 
 Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vector<int64_t> padding,
                 const std::optional<Tensor>& bias, const std::optional<Tensor>& add, bool silu,
-                const std::optional<Tensor>& residual, bool upsample, int64_t pixels) {
+                const std::optional<Tensor>& residual, bool upsample, int64_t pixels,
+                const std::optional<Tensor>& inverse) {
   check(pixels == 2 || pixels == 4 || pixels == 6, kOp, ": pixels must be 2, 4 or 6, got ", pixels);
   check(is_channels_last(x), kOp, ": x must be channels_last [B, C, H, W], got ", shape_of(x));
   check(padding.size() == 4 && *std::min_element(padding.begin(), padding.end()) >= 0, kOp,
@@ -49,6 +54,10 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   const ScalarType kept = keeps_points(pixels) ? ScalarType::Float : x.scalar_type();
   check(weight.scalar_type() == kept && weight.is_contiguous() && weight.numel() == panels.size(), kOp,
         ": weight was packed for another shape");
+  const int64_t area = upsample ? Integers<true>::kArea : Integers<false>::kArea;
+  check(!inverse || (pixels == 4 && inverse->scalar_type() == ScalarType::Float && inverse->is_contiguous() &&
+                     inverse->numel() == panels.total * area),
+        kOp, ": units are of tiles of 4 x 4, and were measured for another shape");
   const std::vector<int64_t> shape = {p.batch, results, p.out_height, p.out_width};
   Tensor out = empty(shape, x.scalar_type(), /*channels_last=*/true);
   check(!residual || (is_channels_last(*residual) && has_shape(*residual, shape) &&
@@ -57,20 +66,14 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
   if (out.numel() == 0) {
     return out;
   }
-  // A few blocks more than needed, where that gives every thread the same share.
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t blocks = (p.tiles() + most_tiles(pixels) - 1) / most_tiles(pixels);
-  while (blocks * panels.groups() % threads != 0 && blocks < 16 * threads && p.tiles() / (blocks + 1) >= kRows) {
-    ++blocks;
-  }
-  p.block = (p.tiles() + blocks - 1) / blocks;
   const std::vector<float> shift = shifts(kOp, p.batch, results, panels.total, bias, add);
   with_dtype(kOp, x.scalar_type(), [&]<class T>(T*) {
     const T* rest = residual ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
-    with_form(pixels, upsample, [&]<class F>() {
+    with_form(pixels, upsample, inverse.has_value(), [&]<class F>() {
       run<T, F>(p, {static_cast<const T*>(x.const_data_ptr()),
-                    static_cast<const Kept<T, F>*>(weight.const_data_ptr()), shift.data(), add ? panels.total : 0, rest,
-                    data_of<T>(out)});
+                    static_cast<const Kept<T, F>*>(weight.const_data_ptr()),
+                    inverse ? static_cast<const float*>(inverse->const_data_ptr()) : nullptr, shift.data(),
+                    add ? panels.total : 0, rest, data_of<T>(out)});
     });
   });
   return out;
@@ -81,7 +84,7 @@ Tensor winograd(const Tensor& x, const Tensor& weight, int64_t results, std::vec
 STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
   m.def(
       "winograd(Tensor x, Tensor weight, SymInt results, SymInt[] padding, Tensor? bias, Tensor? add, bool silu, "
-      "Tensor? residual, bool upsample, int pixels) -> Tensor");
+      "Tensor? residual, bool upsample, int pixels, Tensor? inverse) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("winograd", TORCH_BOX(&winograd)); }

@@ -10,8 +10,10 @@ namespace diffkern {
 
 // M x M pixels at a time, of a picture as it is or doubled. Multiplications of a channel, for those of the definition:
 // 16 for 36, 36 for 144 and 64 for 324; doubled 9 for 36, 25 for 144 and 49 for 324.
-template <int M, bool kDoubled>
+// kInteger: the points are integers of 16 bits, see winograd_integers.h.
+template <int M, bool kDoubled, bool kInteger = false>
 struct Form {
+  static constexpr bool kDouble = kDoubled, kIntegers = kInteger;
   static constexpr int kPixels = M;                                      // of a line of a tile
   static constexpr int kPatch = kDoubled ? M / 2 + 2 : M + 2;            // of a line that it is made from
   static constexpr int kPoints = kDoubled ? M + 1 : M + 2;               // on a line
@@ -22,12 +24,16 @@ struct Form {
   static constexpr int line(int i) { return i == 2 ? kPoints - 1 : i; }
 };
 
-// f.operator()<Form>() with the form of tiles of `pixels` x `pixels`, 2, 4 or 6.
+// f.operator()<Form>() with the form of tiles of `pixels` x `pixels`, 2, 4 or 6; of integers they are 4 x 4.
 template <class F>
-auto with_form(int64_t pixels, bool doubled, F f) {
-  const auto either = [&]<int M>() {
-    return doubled ? f.template operator()<Form<M, true>>() : f.template operator()<Form<M, false>>();
+auto with_form(int64_t pixels, bool doubled, bool integers, F f) {
+  const auto either = [&]<int M, bool kInteger = false>() {
+    using Doubled = Form<M, true, kInteger>;
+    return doubled ? f.template operator()<Doubled>() : f.template operator()<Form<M, false, kInteger>>();
   };
+  if (integers) {
+    return either.template operator()<4, true>();
+  }
   switch (pixels) {
     case 2:
       return either.template operator()<2>();

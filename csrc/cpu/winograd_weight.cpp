@@ -1,6 +1,6 @@
 // winograd_weight: the weight of a 3 x 3 convolution as winograd.cpp reads it, see diffkern/winograd.py.
 #include "dense.h"
-#include "winograd.h"
+#include "winograd_integers.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -101,10 +101,67 @@ Tensor winograd_weight(const Tensor& weight, bool upsample, int64_t pixels) {
   return out;
 }
 
+// The inverse units of the points of a panel's weights, [kArea, width], see winograd_integers.h.
+template <class F, int V, class T>
+void measure(const T* kept, int64_t channels, float* out) {
+  constexpr int64_t width = V * kLanes;
+  constexpr int kArea = F::kArea;
+  constexpr int64_t kChain = chain(F{});
+  alignas(64) float points[kArea * width], sum[kArea * width];
+  std::fill_n(out, kArea * width, 0.0f);
+  for (int64_t first = 0; first < channels; first += kChain) {
+    const int64_t block = first / kDepth * kDepth, n = std::min(kDepth, channels - block);
+    std::fill_n(sum, kArea * width, 0.0f);
+    for (int64_t c = first - block; c < std::min(n, first - block + kChain); ++c) {
+      for (int64_t v = 0; v < width; v += kLanes) {
+        weigh_all(F{}, kept + 9 * block * width + c * width + v, n * width, points + v, width);
+      }
+      for (int64_t i = 0; i < kArea * width; ++i) {
+        sum[i] += std::abs(points[i]);
+        out[i] = std::max(out[i], std::abs(points[i]) * (kMostSum / kMost));
+      }
+    }
+    for (int64_t i = 0; i < kArea * width; ++i) {
+      out[i] = sum[i] <= out[i] ? out[i] : sum[i];  // NaN is kept
+    }
+  }
+  for (int64_t i = 0; i < kArea * width; ++i) {
+    out[i] = kMostSum / (out[i] < 1e-30f ? 1e-30f : out[i]);
+  }
+}
+
+// kept: of `winograd_weight`, for tiles of 4 x 4 pixels. Returns float32, [points, width] of each panel.
+Tensor winograd_units(const Tensor& kept, int64_t results, int64_t channels, bool upsample) {
+  constexpr const char* op = "diffkern::winograd_units";
+  const Panels panels(results, channels);
+  check(kept.numel() == panels.size() && kept.is_contiguous(), op, ": weight was packed for another shape");
+  const auto all = [&]<class F>() {
+    Tensor out = empty({panels.total * F::kArea}, ScalarType::Float);
+    float* to = data_of<float>(out);
+    with_dtype(op, kept.scalar_type(), [&]<class T>(T*) {
+      torch::stable::parallel_for(0, panels.count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const T* from = static_cast<const T*>(kept.const_data_ptr()) + panels.at(panel, 0);
+          with_vectors(panels.width(panel),
+                       [&]<int V>() { measure<F, V>(from, channels, to + panel * kWidth * F::kArea); });
+        }
+      });
+    });
+    return out;
+  };
+  return upsample ? all.template operator()<Integers<true>>() : all.template operator()<Integers<false>>();
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) { m.def("winograd_weight(Tensor weight, bool upsample, int pixels) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_C, m) {
+  m.def("winograd_weight(Tensor weight, bool upsample, int pixels) -> Tensor");
+  m.def("winograd_units(Tensor kept, SymInt results, SymInt channels, bool upsample) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) { m.impl("winograd_weight", TORCH_BOX(&winograd_weight)); }
+STABLE_TORCH_LIBRARY_IMPL(diffkern_C, CPU, m) {
+  m.impl("winograd_weight", TORCH_BOX(&winograd_weight));
+  m.impl("winograd_units", TORCH_BOX(&winograd_units));
+}
 
 }  // namespace diffkern

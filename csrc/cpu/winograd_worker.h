@@ -7,7 +7,8 @@
 
 #include "../common/dtype.h"
 #include "../common/math.h"
-#include "winograd.h"
+#include "winograd_floats.h"
+#include "winograd_integers.h"
 
 #include <algorithm>
 #include <array>
@@ -15,23 +16,15 @@
 
 namespace diffkern {
 
-struct Problem {
-  int64_t batch, height, width, channels, results, out_height, out_width, top, left;
-  int64_t tile_rows, tile_columns, block;  // tiles, and how many are worked on together
-  bool silu;
-
-  int64_t tiles() const { return batch * tile_rows * tile_columns; }
-  int64_t depths() const { return (channels + kDepth - 1) / kDepth; }
-};
-
-// What a weight is kept in. F: the form.
+// How the points are kept, of a form.
 template <class T, class F>
-using Kept = std::conditional_t<keeps_points(F::kPixels), float, T>;
+using Points = std::conditional_t<F::kIntegers, IntegerPoints<T, F>, FloatPoints<T, F>>;
 
 template <class T, class F>
 struct Data {
   const T* x;
   const Kept<T, F>* weight;  // of winograd_weight
+  const float* inverse;      // of winograd_units, if points are integers
   const float* shift;        // bias and add, [B, Panels::total], of one row if there is no add
   int64_t shift_stride;
   const T* residual;
@@ -42,10 +35,8 @@ template <class T, class F>
 class Worker {
  public:
   Worker(const Problem& p, const Data<T, F>& data)
-      : p_(p), data_(data), panels_(p.results, p.channels), step_(p.depths() * p.block * kDepth + 16),
-        sum_step_(p.block * kWidth + 16), room_(room()),
-        points_(room_.take(F::kArea * step_)), sums_(room_.take(F::kArea * sum_step_)),
-        weights_(room_.take(F::kArea * kWeightStep)) {}
+      : p_(p), data_(data), panels_(p.results, p.channels), points_(p, data.weight, data.inverse),
+        sum_step_(p.block * kWidth + 16), room_(F::kArea * sum_step_), sums_(room_.take(F::kArea * sum_step_)) {}
 
   // The results of a group of panels for a block of tiles.
   void run(int64_t block, int64_t group) {
@@ -53,13 +44,14 @@ class Worker {
     if (block_ != block) {
       block_ = block;
       for (int64_t t = 0; t < tiles; ++t) {
-        read(first + t, points_ + t * kDepth);
+        read(first, t);
       }
     }
     for (int64_t panel = panels_.begin(group); panel < panels_.begin(group + 1); ++panel) {
       with_vectors(panels_.width(panel), [&]<int V>() {
+        points_.template start<V>(panel);
         for (int64_t d = 0; d < p_.depths(); ++d) {
-          multiply<V>(tiles, panel, d);
+          points_.template multiply<V>(tiles, panel, d, sums_, sum_step_);
         }
         for (int64_t t = 0; t < tiles; ++t) {
           write<V>(first + t, panel, sums_ + t * V * kLanes);
@@ -70,53 +62,10 @@ class Worker {
 
  private:
   static constexpr int kPixels = F::kPatch * F::kPatch;
-  static constexpr int64_t kWeightStep = kDepth * kWidth + 16;  // an odd number of cache lines
 
-  int64_t room() const { return F::kArea * (step_ + sum_step_ + kWeightStep); }
-
-  // The products of some channels at all points, of which those that are not kept are made first: the cache holds them
-  // until all tiles have used them.
-  template <int V>
-  void multiply(int64_t tiles, int64_t panel, int64_t depth) {
-    const int64_t n = std::min(kDepth, p_.channels - depth * kDepth);
-    const Kept<T, F>* kept = data_.weight + panels_.at(panel, depth * kDepth);
-    weigh<V>(kept, n);
-    std::array<const float*, F::kArea> weights;
-    for (int i = 0; i < F::kArea; ++i) {
-      weights[i] = weights_ + i * kWeightStep;
-    }
-    if constexpr (keeps_points(F::kPixels)) {
-      for (int i = 0; i < 9; ++i) {
-        weights[F::line(i / 3) * F::kPoints + F::line(i % 3)] = kept + i * n * V * kLanes;
-      }
-    }
-    const Kept<T, F>* later = kept + 9 * n * V * kLanes;
-    const int64_t share = 9 * n * V / F::kArea * kLanes;  // of it, which is fetched at each point
-    const float* points = points_ + depth * p_.block * kDepth;
-    for (int i = 0; i < F::kArea; ++i, points += step_) {
-      product<V>(tiles, points, weights[i], n, depth == 0, sums_ + i * sum_step_, points + step_,
-                 reinterpret_cast<const float*>(later + i * share));
-    }
-  }
-
-  // The points of a panel's weights, of n channels.
-  template <int V>
-  void weigh(const Kept<T, F>* kept, int64_t n) {
-    constexpr int64_t width = V * kLanes;
-    float room[9 * width];
-    for (int64_t c = 0; c < n; ++c) {
-      Kernel kernel;
-      for (int i = 0; i < 9; ++i) {
-        kernel[i] = as_float(kept + (i * n + c) * width, room + i * width, width);
-      }
-      for (int64_t v = 0; v < width; v += kLanes) {
-        weigh_all(F{}, kernel, v, weights_ + c * width + v, kWeightStep);
-      }
-    }
-  }
-
-  // The points of a tile's patch.
-  void read(int64_t tile, float* out) {
+  // The points of a patch, that of the t-th tile of a block.
+  void read(int64_t first, int64_t t) {
+    const int64_t tile = first + t;
     const int64_t column = tile % p_.tile_columns, row = tile / p_.tile_columns % p_.tile_rows;
     const int64_t sample = tile / p_.tile_columns / p_.tile_rows;
     const int64_t y = row * F::kStep - p_.top, x = column * F::kStep - p_.left;
@@ -130,7 +79,7 @@ class Worker {
     }
     for (int64_t d = 0; d < p_.depths(); ++d) {
       const int64_t n = std::min(kDepth, p_.channels - d * kDepth);
-      transform<F>(pixel, n, out + d * p_.block * kDepth, step_, F::kStep * p_.channels);
+      points_.read(pixel, n, d, t, F::kStep * p_.channels);
       for (int i = 0; i < kPixels; ++i) {
         pixel[i] += stride[i];
       }
@@ -156,7 +105,7 @@ class Worker {
         Vector x[kPoints];
 #pragma GCC unroll 8
         for (int j = 0; j < kPoints; ++j) {
-          x[j] = vector(sums + (j * kPoints + i) * sum_step_ + v);
+          x[j] = points_.value(sums + (j * kPoints + i) * sum_step_ + v, j * kPoints + i, v);
         }
         leave(F{}, x, 1, half + i, kPoints);
       }
@@ -201,10 +150,11 @@ class Worker {
   const Problem& p_;
   const Data<T, F>& data_;
   const Panels panels_;
-  int64_t block_ = -1;       // whose points are held
-  int64_t step_, sum_step_;  // from point to point; an odd number of cache lines, to spread over all cache sets
+  int64_t block_ = -1;  // whose points are held
+  Points<T, F> points_;
+  int64_t sum_step_;  // from point to point; an odd number of cache lines, to spread over all cache sets
   Room room_;
-  float *points_, *sums_, *weights_;
+  float* sums_;
   std::array<T, kDepth> zeros_{};  // beyond the picture's edges
 };
 

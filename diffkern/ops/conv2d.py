@@ -126,9 +126,9 @@ def _(
     if taps.pay(weight, stride, upsample, x.dtype):
         images = x.contiguous(memory_format=torch.channels_last)
         y = taps.convolve(images, weight, bias, sides, add, residual, activation == "silu")
-    elif pixels := winograd.tile(weight, stride, sides, upsample, (shape[2], shape[3]), x.dtype):
+    elif tile := winograd.tile(weight, stride, sides, upsample, (shape[2], shape[3]), x.dtype):
         images = x.contiguous(memory_format=torch.channels_last)
-        y = winograd.convolve(images, weight, bias, sides, add, residual, activation == "silu", upsample, pixels)
+        y = winograd.convolve(images, weight, bias, sides, add, residual, activation == "silu", upsample, tile)
     elif implicit_gemm.pays(weight, sides, upsample, (shape[2], shape[3]), x.dtype):
         images = x.contiguous(memory_format=torch.channels_last)
         y = implicit_gemm.convolve(images, weight, bias, stride, sides, add, residual, activation == "silu")
