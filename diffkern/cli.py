@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -81,9 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(argv).parse_args(argv)
     try:
-        return args.run(args) or 0
+        code: int = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except SaidByFirst:
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `| head` has: no error. What is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, ConnectionError, diffkern.BackendError) as e:
         print(f"diffkern {args.command}: {e}", file=sys.stderr)
         return 2

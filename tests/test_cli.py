@@ -178,6 +178,16 @@ def test_exit_codes_of_the_real_command():
     assert done.stderr.count("\n") == 1
 
 
+def test_a_reader_who_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "diffkern", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 141  # as of a program that the signal ends
+
+
 def test_the_module_is_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["diffkern", "--version"])
     with pytest.raises(SystemExit) as ended:
