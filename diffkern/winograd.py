@@ -65,7 +65,7 @@ def tile(
         return Tile(2)
     if native and torch.cpu._is_amx_tile_supported():  # it has not been timed against AMX
         return None
-    if native and dtype == torch.bfloat16:
+    if native and dtype == torch.bfloat16 and torch.cpu._is_vnni_supported():
         # The points of the weights are made anew for every block of tiles. One picture wins that back by four whole
         # tiles. One tile does where the weights are few; where they are not, several pictures do.
         whole = min(size) >= 4 and (pixels >= 64 or weights <= 1 << 17)

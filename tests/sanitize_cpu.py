@@ -35,7 +35,8 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
 TESTS = (
-    "ops", "fuzz", "fuzz_found", "arguments", "linear", "implicit_gemm", "winograd", "taps", "packing", "vlb_term",
+    "ops", "fuzz", "fuzz_found", "arguments", "linear", "implicit_gemm", "winograd", "winograd_integers", "taps",
+    "packing", "vlb_term",
 )  # fmt: skip
 LEFT_OUT = "not triton and not -reference and not compile and not opcheck and not freed_memory"
 

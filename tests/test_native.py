@@ -146,7 +146,7 @@ def test_threads_build_once(home, loaded, tmp_path, monkeypatch):
 
 
 FLAGS = {
-    "x86-64-v4-bf16": "avx512_bf16",
+    "x86-64-v4-bf16": "avx512_bf16 avx512_vnni",
     "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
     "x86-64-v3": "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave",
     "x86-64-v2": "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",

@@ -71,11 +71,12 @@ def test_the_samples_named_for_it_take_it(calls, dtype):
 
 @pytest.fixture
 def cpu_with(monkeypatch):
-    """Have the rule see a CPU that multiplies 16 bits natively or not, with AMX or not."""
+    """Have the rule see a CPU with or without instructions for 16-bit floats, AMX, and those for integers."""
 
-    def set_to(native: bool, amx: bool = False) -> None:
+    def set_to(native: bool, amx: bool = False, vnni: bool = True) -> None:
         monkeypatch.setattr(winograd, "compute_dtype", lambda dtype, convolution: dtype if native else torch.float32)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
 
     return set_to
 
@@ -88,14 +89,15 @@ def chosen(channels: int, results: int, size: tuple[int, int], dtype: torch.dtyp
 def test_the_tile_depends_on_what_the_cpu_multiplies(cpu_with):
     """In float32 few tiles and many weights do not pay: at 8 x 8 pixels the weights must stay in a cache."""
     single, half, brain = torch.float32, torch.float16, torch.bfloat16
-    for native, amx, dtype, few, many in (
-        (True, False, single, Tile(2), Tile(2)),
-        (False, False, brain, Tile(4), Tile(2)),
-        (True, True, brain, None, None),
-        (False, True, half, Tile(4), Tile(2)),
-        (True, False, half, Tile(4), None),
+    for native, amx, vnni, dtype, few, many in (
+        (True, False, True, single, Tile(2), Tile(2)),
+        (False, False, True, brain, Tile(4), Tile(2)),
+        (True, False, False, brain, Tile(4), None),
+        (True, True, True, brain, None, None),
+        (False, True, True, half, Tile(4), Tile(2)),
+        (True, False, True, half, Tile(4), None),
     ):
-        cpu_with(native, amx)
+        cpu_with(native, amx, vnni)
         for channels, small in ((256, few), (1280, many)):
             for size, expected in (
                 ((16, 16), few),
