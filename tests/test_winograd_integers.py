@@ -93,3 +93,17 @@ def test_nothing_and_next_to_nothing_are_counted_as_zero():
     x, weight = make((1, 32, 8, 8), "cpu", torch.float32), make((32, 32, 3, 3), "cpu", torch.float32, seed=1)
     for a, b in ((x * 0, weight), (x, weight * 0), (x * 1e-38, weight), (x * 1e-42, weight)):
         assert convolve(a, b, False).abs().max() < 1e-30
+
+
+@either
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channel", [0, 40, 65])
+def test_a_weight_that_is_not_finite_is_seen_in_its_result_alone(channel, value, upsample):
+    """Whichever chain of channels it is in: the units of a result are measured chain by chain."""
+    x, weight = make((1, 70, 8, 8), "cpu", torch.float32), make((33, 70, 3, 3), "cpu", torch.float32, seed=1)
+    expected = convolve(x, weight, upsample)
+    weight[5, channel, 1, 1] = value
+    got = convolve(x, weight, upsample)
+    assert not got[:, 5].isfinite().any()
+    others = [i for i in range(33) if i != 5]
+    assert torch.equal(got[:, others], expected[:, others])

@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+
 namespace diffkern {
 namespace {
 
@@ -122,7 +124,7 @@ void measure(const T* kept, int64_t channels, float* out) {
       }
     }
     for (int64_t i = 0; i < kArea * width; ++i) {
-      out[i] = sum[i] <= out[i] ? out[i] : sum[i];  // NaN is kept
+      out[i] = sum[i] > out[i] || std::isnan(sum[i]) ? sum[i] : out[i];  // NaN is kept, once there
     }
   }
   for (int64_t i = 0; i < kArea * width; ++i) {
