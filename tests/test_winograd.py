@@ -292,6 +292,8 @@ def test_one_copy_serves_all_sizes_of_pictures():
     assert packing.kept_bytes() == before + 3 * 9 * 64 * 64 * 4
     winograd.convolve(x, weight, None, ONE, None, None, False, False, INTEGERS)
     assert packing.kept_bytes() == before + 3 * 9 * 64 * 64 * 4 + 36 * 64 * 4  # the units
+    winograd.convolve(x, weight, None, ONE, None, None, False, True, INTEGERS)  # has its own of both
+    assert packing.kept_bytes() == before + 4 * 9 * 64 * 64 * 4 + (36 + 25) * 64 * 4
 
 
 @pytest.mark.parametrize(("tile", "share"), [(Tile(4), 1e-6), (Tile(6), 1e-6), (INTEGERS, 1e-4)])

@@ -128,7 +128,7 @@ void measure(const T* kept, int64_t channels, float* out) {
     }
   }
   for (int64_t i = 0; i < kArea * width; ++i) {
-    out[i] = kMostSum / (out[i] < 1e-30f ? 1e-30f : out[i]);
+    out[i] = kMostSum / (out[i] < kLeast ? kLeast : out[i]);
   }
 }
 
