@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffkern.backend import BackendError, use_backend
 from diffkern.choice import explain
+from diffkern.graphs.calls import unrecorded
 from diffkern.invariant import batch_invariant
 from diffkern.models.autoencoder_kl import AutoencoderKL
 from diffkern.models.bundle import Diffusion, bundled, load
@@ -111,6 +112,7 @@ __all__ = [
     "sample_dataset",
     "sampler_step",
     "timestep_embedding",
+    "unrecorded",
     "use_backend",
     "vlb_term",
 ]

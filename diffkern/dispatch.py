@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _TYPES: dict[str, set[type]] = {
     "Tensor": {Tensor, nn.Parameter},
@@ -33,12 +36,37 @@ _DEVICES = {
 _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _is_profiled = torch.autograd._profiler_enabled
+_is_any_autocast, _level = torch._C._is_any_autocast_enabled, torch._C._functorch.maybe_current_level
 
 
 def is_traced() -> bool:
     """Whether somebody compiles, traces or transforms what is called now, or sees it below PyTorch's dispatcher: then
     tensors may be others than they look."""
-    return torch.compiler.is_dynamo_compiling() or _modes() > 0 or _transform() is not None or _trace() is not None
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or (_modes() > 0 and not _are_silent(_get_current_dispatch_mode_stack()))
+        or _transform() is not None
+        or _trace() is not None
+    )
+
+
+def _are_silent(modes: Iterable[Any]) -> bool:
+    """Whether nothing looks on but a recording of a CPU's kernels (diffkern/graphs/tape.py), which is to have those
+    that run when nobody does."""
+    return all(getattr(mode, "is_silent", False) for mode in modes)
+
+
+def is_for_ops(x: Tensor) -> bool:
+    """Whether a call with x may run in ops: not under autocast, which picks dtypes by PyTorch's functions, nor where it
+    is traced for another program or by torch.func and forward-mode derivatives, which would not see through an op."""
+    return (
+        (x.is_cpu or x.is_cuda)
+        and not (_is_any_autocast() and torch.is_autocast_enabled(x.device.type))
+        and _trace() is None
+        and not torch.compiler.is_exporting()
+        and _level() is None
+        and forward_ad._current_level < 0
+    )
 
 
 class Plain:
@@ -53,7 +81,7 @@ class Plain:
         """The devices of the tensors of such a call: nobody traces, transforms, watches or profiles it, each argument
         has the very type that it is to have, and the tensors are real ones on a CPU or a GPU. None for another. Whether
         an argument needs a gradient is the caller's to ask."""
-        if is_traced() or _function_modes() or _is_profiled():
+        if is_traced() or _is_profiled() or (_function_modes() and not _are_silent(_get_current_function_mode_stack())):
             return None
         types = tuple(map(type, args))
         places = self.known.get(types) or self._places(types)

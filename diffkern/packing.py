@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diffkern.available import availability
 from diffkern.dispatch import is_traced
@@ -48,6 +50,9 @@ class _Packed(NamedTuple):
     weights: list[_Known]
     copy: Tensor
 
+    def is_still_of(self, weights: Sequence[Tensor]) -> bool:
+        return all(map(_Known.is_still, self.weights, weights))
+
 
 _kept: dict[tuple[Hashable, ...], _Packed] = {}
 
@@ -56,17 +61,21 @@ def packed(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor])
     """The copy that `pack()` makes of one weight or of several, made again only when one of them has changed. `how`
     names all that the copy depends on beside the weights. A view, made anew in every call, is known by what it is a
     view of."""
-    if not _keeps():
+    if not _keeps() or any(w.is_inference() for w in weights):
         return pack()
-    places = [how]
-    for weight in weights:
-        if weight.is_inference():
-            return pack()
-        places.append(id(weight) if weight._base is None else _place(weight))
-    key = tuple(places)
+    if _noting.noted is None:
+        return _known(weights, how, pack).copy
+    with _disable_current_modes():  # what packs a weight is no part of what a network runs
+        found = _known(weights, how, pack)
+    _noting.noted.add(found, weights)
+    return found.copy
+
+
+def _known(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor]) -> _Packed:
+    key = (how, *(id(w) if w._base is None else _place(w) for w in weights))
     known = _kept.get(key)
-    if known is not None and all(map(_Known.is_still, known.weights, weights)):
-        return known.copy
+    if known is not None and known.is_still_of(weights):
+        return known
     _keep_freed_memory()
     mapped = [torch.ops.diffkern_C.of_a_file(w) for w in weights]
     stamps, copy = [_stamp(w, m) for w, m in zip(weights, mapped, strict=True)], pack()
@@ -77,7 +86,56 @@ def packed(weights: Sequence[Tensor], how: Hashable, pack: Callable[[], Tensor])
         forget = weakref.ref(_owner(weight), lambda _: _kept.pop(key, None))
         found.append(_Known(forget, weight.detach() if of_a_file else None, stamp))
     _kept[key] = _Packed(found, copy)
-    return copy
+    return _kept[key]
+
+
+class _Noting(threading.local):
+    noted: Noted | None = None
+
+
+_noting = _Noting()
+
+
+class Noted:
+    """The packed weights that were asked for in a block, none of which it holds, and whether they still are those of
+    their weights."""
+
+    def __init__(self) -> None:
+        self.ids: set[int] = set()  # of the copies, in the block
+        self.found: list[tuple[list[_Known], list[Callable[[], Tensor | None]]]] = []
+
+    def __enter__(self) -> Noted:
+        self.before, _noting.noted = _noting.noted, self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _noting.noted = self.before
+
+    def add(self, found: _Packed, weights: Sequence[Tensor]) -> None:
+        if id(found.copy) not in self.ids:
+            self.ids.add(id(found.copy))
+            self.found.append((found.weights, [_reference(w) for w in weights]))
+
+    def hold(self) -> bool:
+        for known, references in self.found:
+            for weight, reference in zip(known, references, strict=True):
+                now = reference()
+                if now is None or not weight.is_still(now):
+                    return False
+        return True
+
+
+def _reference(weight: Tensor) -> Callable[[], Tensor | None]:
+    """Finds a weight again, or the view that it is, unless it is gone."""
+    if weight._base is None:
+        return weakref.ref(weight)
+    owner, place = weakref.ref(weight._base), (weight.shape, weight.stride(), weight.storage_offset())
+
+    def view() -> Tensor | None:
+        base = owner()
+        return None if base is None else base.as_strided(*place)
+
+    return view
 
 
 def packed_together(weights: Sequence[Tensor]) -> Tensor | None:

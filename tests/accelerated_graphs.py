@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import CPURecorder, recorded_by
+from graphs import CPURecorder, counted
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +22,7 @@ BEFORE = calls.BEFORE["auto"]
 
 @pytest.fixture(name="on_cpu", autouse=True)
 def _on_cpu():
-    with recorded_by(CPURecorder) as patch:
+    with counted() as patch:
         CPURecorder.last = CPURecorder(torch.device("cpu"))
         yield patch
 

@@ -1,25 +1,23 @@
-"""What the tests of CUDA graphs share: networks, the loop as it was before there were steps, and graphs for the CPU."""
+"""What the tests of graphs share: networks, the loop as it was before there were steps, and a count of what is done."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import diffkern
-from diffkern.graphs import kept
+from diffkern.graphs import kept, tape
 from diffkern.graphs.recorder import Recording
 from diffkern.models.dit import DiT, DiTConfig
 from diffkern.models.unet_condition import UNet2DCondition, UNet2DConditionConfig
 from diffkern.samplers import SAMPLERS, Table, graph
-from diffkern.samplers.step import Step
 from diffkern.schedules import Schedule, cosine, edm, flow
 
 SHAPE = (3, 6, 5)
@@ -106,70 +104,34 @@ def plain_loop(
     return states
 
 
-class CPURecorder:
-    """In place of `Recorder`: what is recorded runs, and replaying runs it again, into the tensors that it returned."""
+class CPURecorder(tape.Recorder):
+    """Counts what it does."""
 
     last: CPURecorder
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self.pools = self.records = self.replays = 0
         CPURecorder.last = self
 
     def new_pool(self) -> None:
         self.pools += 1
 
-    def in_order(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def record(self, run: Callable[[], Any]) -> Recording:
+    def record(self, run: Callable[[], Any], given: Sequence[Tensor] = (), weights: Iterable[Tensor] = ()) -> Recording:
         self.records += 1
-        made = run()
+        recording = super().record(run, given, weights)
 
-        def replay() -> None:
+        def replay(given: Sequence[Tensor] = ()) -> Any:
             self.replays += 1
-            for own, new in zip(tree_leaves(made), tree_leaves(run()), strict=True):
-                if isinstance(own, Tensor):
-                    own.copy_(new)
+            return recording.replay(given)
 
-        return Recording(replay, made)
-
-
-class StepRecorder(CPURecorder):
-    """Of a step, which leaves no trace when it is recorded."""
-
-    fixed: Step  # the last that was made
-
-    def record(self, run: Callable[[], None]) -> Recording:
-        tensors = self.fixed.tensors()
-        before = {name: t.clone() for name, t in tensors.items()}
-        try:
-            self.fixed.row.zero_()  # the run may be over, and what follows its last row is not there to be read
-            self.fixed.place.zero_()
-            return super().record(run)
-        finally:
-            for name, t in tensors.items():
-                t.copy_(before[name])
+        return recording._replace(replay=replay)
 
 
 @contextlib.contextmanager
-def recorded_by(recorder: type[CPURecorder]) -> Iterator[pytest.MonkeyPatch]:
-    """Inside, the CPU has graphs."""
+def counted() -> Iterator[pytest.MonkeyPatch]:
+    """Inside, recordings and replays on the CPU are counted, and networks have none from before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept, "has_graphs", lambda device: True)
-        patch.setattr(kept, "Recorder", recorder)
-        yield patch
-
-
-@contextlib.contextmanager
-def graphs_on_the_cpu() -> Iterator[pytest.MonkeyPatch]:
-    """Inside, `sample` takes graphs on the CPU too."""
-    settled = Step.settled
-
-    def remembered(step: Step) -> Step:
-        StepRecorder.fixed = settled(step)
-        return StepRecorder.fixed
-
-    with recorded_by(StepRecorder) as patch:
-        patch.setattr(Step, "settled", remembered)
+        patch.setitem(kept.RECORDERS, "cpu", CPURecorder)
         patch.setattr(graph, "_of_network", weakref.WeakKeyDictionary())
         yield patch

@@ -1,5 +1,5 @@
-"""Calls of accelerated networks that are recorded and replayed: all of it but the recording itself, which
-tests/test_accelerate_graph_gpu.py does. What is compared are bits, with the same network without graphs."""
+"""Calls of accelerated networks that are recorded and replayed, on a CPU; what only a GPU shows is in
+tests/test_accelerate_graph_gpu.py. What is compared are bits, with the same network without graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_calls_with_other_numbers(name: str) -> None:
         found.append((model(*call_args, **call_kwargs), plain(*call_args, **call_kwargs)))
     assert all(same(got, want) for got, want in found)
     assert not any(same(found[0][0], other) for other, _ in found[1:])
-    assert (CPURecorder.last.records, CPURecorder.last.replays) == (1, 3)
+    assert (CPURecorder.last.records, CPURecorder.last.replays) == (1, 2)
     # As a tuple is another call.
     got = agree(plain, model, *args, **kwargs, return_dict=False)
     assert type(got) is tuple
@@ -103,7 +103,7 @@ def test_a_pipeline() -> None:
         diffkern.accelerate(each, cuda_graph=option)
     call = {**call, "num_inference_steps": 4}
     changed = {**call, "prompt_embeds": 0.5 * call["prompt_embeds"]}
-    for arguments, replayed in ((call, 1), (changed, 5), ({**call, "num_images_per_prompt": 2}, 6)):
+    for arguments, replayed in ((call, 0), (changed, 4), ({**call, "num_images_per_prompt": 2}, 4)):
         assert np.array_equal(picture(pipe, arguments), picture(plain, arguments))
         assert (replays(pipe.unet), replays(pipe.controlnet)) == (replayed, replayed)
     assert (recorded(pipe.unet), recorded(pipe.controlnet)) == (2, 2)

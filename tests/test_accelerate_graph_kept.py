@@ -15,7 +15,7 @@ from accelerated_graphs import _on_cpu, agree, both, recorded  # noqa: F401 (a f
 from torch import Tensor, nn
 
 import diffkern
-from diffkern.graphs import calls
+from diffkern.graphs import calls, kept
 
 diffusers = pytest.importorskip("diffusers")
 processors = pytest.importorskip("diffusers.models.attention_processor")
@@ -33,8 +33,6 @@ class _Unrecordable(processors.AttnProcessor2_0):  # type: ignore[name-defined,m
     def __call__(self, attn: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.what == "asks":
             x = x * (1 + float(x.mean()))
-        elif self.what == "draws":
-            x = x + 0.0 * torch.rand_like(x)
         elif torch._C._len_torch_dispatch_stack():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().__call__(attn, x, *args, **kwargs)
@@ -44,7 +42,6 @@ class _Unrecordable(processors.AttnProcessor2_0):  # type: ignore[name-defined,m
     ("what", "reason"),
     [
         ("asks", "the model asks the device for a number"),
-        ("draws", "the model draws random numbers"),
         ("memory", "there is not enough memory for it$"),
     ],
 )
@@ -52,7 +49,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_after_one_warning(what: str, reas
     plain, model = both("SD 1.5", True)
     for m in (plain, model):
         m.set_attn_processor(_Unrecordable(what))
-    with pytest.warns(RuntimeWarning, match=f"^UNet2DConditionModel runs without a CUDA graph: {reason}") as caught:
+    with pytest.warns(RuntimeWarning, match=f"^UNet2DConditionModel runs without a graph: {reason}") as caught:
         agree(plain, model, pixels(), torch.tensor([500]), **PROMPT, times=6)
     assert len(caught) == 1
     assert caught[0].filename.endswith("accelerated_graphs.py")
@@ -87,14 +84,18 @@ def test_what_changes_in_every_call_is_seldom_looked_at(on_cpu) -> None:
     assert recorded(model) == 1
 
 
-def test_dropout_in_training_is_not_recorded() -> None:
-    _, model = both("padding of the DDPM weights, an odd size")
+def test_dropout_in_training_draws_anew() -> None:
+    plain, model = both("padding of the DDPM weights, an odd size")
     args, _ = MODELS["padding of the DDPM weights, an odd size"][2]()
-    model.train()
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match="draws random numbers") as caught:
-        out = [model(*args).sample for _ in range(6)]
-    assert len(caught) == 1
-    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(out))
+    found = []
+    for m in (plain, model):
+        m.train()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            found.append([m(*args).sample for _ in range(6)])
+    assert recorded(model) == 1
+    assert all(map(torch.equal, *found))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(found[1]))
 
 
 def test_arguments_of_which_nothing_is_known() -> None:
@@ -102,7 +103,7 @@ def test_arguments_of_which_nothing_is_known() -> None:
     call: Any = (pixels(), torch.tensor([500]))
     with pytest.warns(RuntimeWarning, match="it is given a object") as caught:
         agree(plain, model, *call, **PROMPT, cross_attention_kwargs={"scale": 1.0, "other": object()})
-    assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
+    assert len([w for w in caught if "without a graph" in str(w.message)]) == 1
     assert recorded(model) == 0
 
 
@@ -128,7 +129,7 @@ def test_graphs_are_freed(how: str, on_cpu) -> None:
     plain, model = both("DDPM")
     agree(plain, model, pixels(3), 5)
     (graph,) = vars(model)[calls.NAME].graphs.kept.values()
-    buffer = weakref.ref(graph.given[0])
+    buffer = weakref.ref(graph.replay)
     del graph
     if how == "restore":
         diffkern.restore(model)
@@ -139,10 +140,23 @@ def test_graphs_are_freed(how: str, on_cpu) -> None:
     elif how == "the model":
         del model
     else:
-        on_cpu.undo()
+        on_cpu.setattr(kept, "has_graphs", lambda device: False)
         agree(plain, model, pixels(3), 5, times=1)
     gc.collect()
     assert buffer() is None
+
+
+def test_a_network_goes_with_its_last_reference() -> None:
+    """And does not wait, with its weights, for the garbage collector."""
+    plain, model = both("DDPM")
+    agree(plain, model, pixels(3), 5)
+    gone = weakref.ref(model.conv_in.weight)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_that_were_replaced_are_not_held() -> None:
@@ -158,23 +172,23 @@ def test_report() -> None:
     model = make("SD 1.5")
     auto = diffkern.accelerate(model)
     assert auto.as_dict()["graphs"] == [
-        {"name": "UNet2DConditionModel", "count": 1, "how": "a CUDA graph of a call, after 3 like it"}
+        {"name": "UNet2DConditionModel", "count": 1, "how": "the kernels of a call recorded, after 3 like it"}
     ]
-    assert str(auto).splitlines()[-1].split("  ")[-1] == "a CUDA graph of a call, after 3 like it"
+    assert str(auto).splitlines()[-1].split("  ")[-1] == "the kernels of a call recorded, after 3 like it"
     assert diffkern.accelerate(model, cuda_graph=True).graphs[0].how.endswith("after 2 like it")
     assert diffkern.accelerate(model, cuda_graph=False).graphs == ()
     model.mid_block.resnets[0].register_forward_pre_hook(lambda *_: None)
-    how = "no CUDA graph: a ResnetBlock2D of it has a hook, or a forward of its own"
+    how = "no graph: a ResnetBlock2D of it has a hook, or a forward of its own"
     assert diffkern.accelerate(model).graphs[0].how == how
 
 
 def test_report_where_there_are_no_graphs(on_cpu) -> None:
-    on_cpu.undo()
+    on_cpu.delitem(kept.RECORDERS, "cpu")
     model = make("VAE")
     assert diffkern.accelerate(model).graphs == ()
     asked = diffkern.accelerate(model, cuda_graph=True).graphs
     assert {(e.name, e.how) for e in asked} == {
-        (name, "no CUDA graph: it is on the cpu, which has none") for name in ("Encoder", "Decoder")
+        (name, "no graph: it is on the cpu, which has none") for name in ("Encoder", "Decoder")
     }
     with pytest.raises(ValueError, match="cuda_graph must be True, False or 'auto', not 'always'"):
         diffkern.accelerate(model, cuda_graph="always")

@@ -1,4 +1,4 @@
-"""Steps that are recorded and replayed: all of it but the recording itself, which tests/test_graph_gpu.py does."""
+"""Steps that are recorded and replayed, on a CPU. tests/test_graph_gpu.py has what only a GPU shows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from graphs import (
     TABLES,
     CPURecorder,
     Pointwise,
-    StepRecorder,
-    graphs_on_the_cpu,
+    counted,
     make_prompted,
     plain_loop,
     table,
@@ -30,7 +29,7 @@ from diffkern.samplers import graph
 
 @pytest.fixture(name="on_cpu")
 def _on_cpu():
-    with graphs_on_the_cpu() as patch:
+    with counted() as patch:
         yield patch
 
 
@@ -60,11 +59,13 @@ def test_steps_eager_recorded_and_replayed_equal_the_plain_loop(name, channels_l
         expected = torch.stack(plain_loop(model, made, 3, seed=4, **told))
         options: dict[str, Any] = {"shape": SHAPE, "seed": 4, "null_label": 0 if told else None, "trajectory": True}
         assert torch.equal(diffkern.sample(model, made, 3, **options, **told)[1], expected)
-        with graphs_on_the_cpu():
-            for replays in (len(made) - 2, 2 * len(made) - 2):
+        with counted():
+            replays = 0
+            for recorded in ([2], [0] if channels_last else [], []):  # the steps that are
                 out, path = diffkern.sample(model, made, 3, cuda_graph=True, **options, **told)
                 assert torch.equal(path, expected)
                 assert torch.equal(out, expected[-1])
+                replays += len(made) - len(recorded) - (2 if recorded == [2] else 0)
                 assert CPURecorder.last.replays == replays
             assert CPURecorder.last.records == (2 if channels_last else 1)
 
@@ -74,9 +75,11 @@ def test_steps_eager_recorded_and_replayed_equal_the_plain_loop(name, channels_l
 def test_short_runs(on_cpu, steps, channels_last):
     model = Pointwise(channels_last)
     expected = eagerly(model, name="ddim", steps=steps)
-    for _ in range(2):
+    for _ in range(4):
+        before = getattr(CPURecorder, "last", None) and CPURecorder.last.replays
         assert torch.equal(draw(model, name="ddim", steps=steps), expected)
-    assert CPURecorder.last.replays == max(0, steps - 2) + steps
+    assert CPURecorder.last.replays - before == steps
+    assert CPURecorder.last.records == (2 if channels_last and steps > 1 else 1)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "unipc"])
@@ -118,10 +121,11 @@ def test_what_is_another_graph_and_what_is_not(on_cpu):
         for _ in range(2):
             draw(model, **other)
         assert CPURecorder.last.records == 2 + i, other
-    with diffkern.use_backend("reference"):
-        draw(model)
-    with diffkern.batch_invariant():
-        draw(model)
+    with diffkern.use_backend("reference"), pytest.warns(RuntimeWarning, match="the model reads a tensor's numbers"):
+        draw(model)  # the reference's check of the rows
+    for _ in range(2):
+        with diffkern.batch_invariant():
+            draw(model)
     assert CPURecorder.last.records == 10
 
 
@@ -183,18 +187,22 @@ def test_few_graphs_are_kept_and_few_share_a_pool(on_cpu):
 def test_graphs_are_freed_with_the_model_and_on_demand(on_cpu):
     model = Pointwise()
     draw(model)
-    buffer = weakref.ref(StepRecorder.fixed.x)
-    del StepRecorder.fixed
+    buffer = weakref.ref(_state(model))
     assert buffer() is not None
     draw(model, cuda_graph=False)
     gc.collect()
     assert buffer() is None
     draw(model)
-    buffer, gone = weakref.ref(StepRecorder.fixed.x), weakref.ref(model)
-    del StepRecorder.fixed, model
+    buffer, gone = weakref.ref(_state(model)), weakref.ref(model)
+    del model
     gc.collect()
     assert gone() is None
     assert buffer() is None
+
+
+def _state(model: Any) -> Any:
+    (kept_graph,) = graph._of_network[model].kept.values()
+    return kept_graph.step.x
 
 
 def test_what_asks_the_device_for_a_number_runs_without_a_graph(on_cpu):
@@ -203,7 +211,7 @@ def test_what_asks_the_device_for_a_number_runs_without_a_graph(on_cpu):
             return super().forward(x, t, labels) * (1 + float(x.mean()))
 
     model = Asks()
-    with pytest.warns(RuntimeWarning, match="without a CUDA graph: the model asks the device for a number") as caught:
+    with pytest.warns(RuntimeWarning, match="without a graph: the model asks the device for a number") as caught:
         got = draw(model, 7, batch_size=3)
     assert len(caught) == 1
     assert caught[0].filename.endswith("test_graph.py")
@@ -221,11 +229,11 @@ def test_what_asks_the_device_for_a_number_runs_without_a_graph(on_cpu):
     ],
 )
 def test_a_recording_that_fails_leaves_the_run_as_it_was(on_cpu, error, reason):
-    def fail(self, run):
+    def fail(self, run, given, weights):
         run()  # halfway through: the state of the run must not have been touched
         raise error
 
-    on_cpu.setattr(StepRecorder, "record", fail)
+    on_cpu.setattr(CPURecorder, "record", fail)
     model = Pointwise()
     with pytest.warns(RuntimeWarning, match=reason) as caught:
         got = draw(model, name="dpmpp_3m", batch_size=2)
@@ -270,23 +278,36 @@ def test_in_and_out_of_inference_mode(on_cpu):
 
 def test_auto_takes_what_is_long_and_surely_the_same(on_cpu, tiny):
     def records(model: Any, steps: int = 9) -> int:
-        CPURecorder.last = StepRecorder(torch.device("cpu"))
+        CPURecorder.last = CPURecorder(torch.device("cpu"))
         draw(model, steps=steps, shape=None if model is tiny else SHAPE, cuda_graph="auto")
         return CPURecorder.last.records
 
     assert records(Pointwise()) == 0  # not a network of diffkern
-    assert records(tiny, steps=graph.FEW - 1) == 0
+    draw(tiny, steps=graph.FEW - 1, shape=None, cuda_graph="auto")
+    assert tiny not in graph._of_network  # calls of it are recorded, steps are not
     handle = tiny.conv_in.register_forward_hook(lambda *_: None)
     assert records(tiny) == 0
     handle.remove()
     with torch.autocast("cuda", enabled=False):
-        assert records(tiny) == 2
+        assert records(tiny) == 1
+
+
+def test_unrecorded_steps(on_cpu, tiny):
+    CPURecorder.last = CPURecorder(torch.device("cpu"))
+    with diffkern.unrecorded():
+        out = draw(tiny, shape=None, cuda_graph="auto")
+        assert CPURecorder.last.records == 0
+        assert torch.equal(draw(tiny, shape=None, cuda_graph=True), out)
+        assert CPURecorder.last.records == 1
+    assert torch.equal(draw(tiny, shape=None, cuda_graph="auto"), out)
+    assert CPURecorder.last.replays > 9  # by the graph that is there
 
 
 def test_values_of_the_option():
     model = Pointwise()
-    with pytest.raises(ValueError, match="cuda_graph=True needs a model on a CUDA device, and this one is on cpu"):
-        draw(model)
+    with pytest.raises(ValueError, match="cuda_graph=True needs a model on a CUDA device or a CPU, and this one is on"):
+        draw(model.to("meta"))
+    model = Pointwise()
     with pytest.raises(ValueError, match="cuda_graph must be True, False or 'auto', not 'always'"):
         draw(model, cuda_graph="always")
     assert torch.equal(draw(model, cuda_graph="auto"), draw(model, cuda_graph=False))

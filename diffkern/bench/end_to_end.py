@@ -41,8 +41,19 @@ def _invariant(network: Network, folder: Path, dtype: torch.dtype) -> Run:
     return run
 
 
+def _unrecorded(network: Network, folder: Path, dtype: torch.dtype) -> Run:
+    call = network.ours(folder, dtype)
+
+    def run() -> torch.Tensor:
+        with diffkern.unrecorded():
+            return call()
+
+    return run
+
+
 OURS: dict[str, Make] = {
     "diffkern": lambda network, folder, dtype: network.ours(folder, dtype),
+    "diffkern, unrecorded": _unrecorded,
     "diffkern, batch_invariant": _invariant,
 }
 

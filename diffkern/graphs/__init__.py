@@ -1,1 +1,1 @@
-"""What runs alike again and again, recorded in CUDA graphs."""
+"""What runs alike again and again, recorded: on a GPU in CUDA graphs, on a CPU as the calls of its kernels."""

@@ -1,24 +1,25 @@
-"""Calls of a network, each recorded in a CUDA graph once calls like it have been made, and replayed from then on.
+"""Calls of a network, each recorded in a graph once calls like it have been made, and replayed from then on.
 
 Calls are alike if all that a graph takes for granted of them is: the settings that choose kernels, how arguments are
-nested and named, the shapes, dtypes, devices and strides of tensors, and everything else as it is. Tensors are copied
-into those that the graph reads, and out of those that it writes: what a caller was given stays. A replay asks the
-device for nothing.
+nested and named, the shapes, dtypes, devices and strides of tensors, and everything else as it is. What a caller was
+given stays as it is. A replay asks the device for nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from diffkern.graphs.kept import LIMIT, Graphs, settings
 from diffkern.graphs.looks import OPAQUE, State, has_own_forward, is_hooked_globally, is_patched, is_plain, tensors
-from diffkern.graphs.recorder import Refused
+from diffkern.graphs.recorder import Refused, copied
 
 NAME = OPAQUE[0]  # the attribute of a network that has its graphs
 # Calls that run as they are before one like them is recorded: in them kernels are compiled and chosen, and all is made
@@ -31,6 +32,32 @@ PURE = ("diffusers.", "peft.", "torch.", "diffkern.", "collections", "enum")
 _CONSTANT = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 
+class _Off(threading.local):
+    depth = 0
+
+
+_off = _Off()
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, calls of diffkern's own networks, and the steps of `sample` unless a graph is asked for, run as they are,
+    as far as this thread makes them: the same bits, in more time."""
+    _off.depth += 1
+    try:
+        yield
+    finally:
+        _off.depth -= 1
+
+
+def are_recorded() -> bool:
+    return _off.depth == 0
+
+
+def _none() -> None:
+    """What a copy has in place of calls."""
+
+
 class Calls:
     """The graphs of a network's calls. An attribute of it, which goes with it and is in no copy of it."""
 
@@ -38,9 +65,13 @@ class Calls:
         self.always = cuda_graph is True
         self.before = BEFORE[cuda_graph]
         self.graphs = Graphs(network, State, f"{type(network).__name__} runs", 6)
+        self.graphs.always = self.always
         self.seen: OrderedDict[Hashable, int] = OrderedDict()
         self.why_not: str | None = None
         self.changes = self.rest = 0
+
+    def __reduce__(self) -> Any:
+        return _none, ()
 
     def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Any:
         """What forward(*args, **kwargs) returns, from a graph; NotImplemented if it has to be called. x: the first of
@@ -62,9 +93,16 @@ class Calls:
                 return NotImplemented
             key = (spec, *map(_described, leaves), settings())
             graph = self.graphs.find(key)
-            if graph is None and self._is_due(key):
-                graph = self.graphs.record(key, lambda: _record(self.graphs, forward, leaves, spec))
-            return NotImplemented if graph is None else graph(given, self.graphs.recorder)
+            with self.graphs.recorder.in_order():
+                if graph is not None and graph.hold():
+                    return graph.replay(given)
+                if not self._is_due(key):
+                    return NotImplemented
+                with torch.inference_mode(False):  # what is made here is written later, in whatever mode
+                    run, own = _fixed(forward, leaves, spec)
+                graph = self.graphs.record(run, own, draws=False)
+                self.graphs.keep(key, graph and graph._replace(made=None))
+                return NotImplemented if graph is None else graph.made
         finally:
             self.graphs.lock.release()
 
@@ -97,41 +135,25 @@ class Calls:
         return False
 
 
-class _Call(NamedTuple):
-    given: list[Tensor]  # what the graph reads of a call's arguments
-    replay: Callable[[], None]
-    made: list[Any]
-    spec: TreeSpec
-    read: list[Tensor]  # what else it reads, which has to stay
+@torch.no_grad()
+def _fixed(forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> tuple[Callable[[], Any], list[Tensor]]:
+    """A call with copies of its tensors, and these."""
+    own = [copied(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    given = [leaf for leaf in own if isinstance(leaf, Tensor)]
+    args, kwargs = tree_unflatten(own, spec)
+    before = [t._version for t in given]
 
-    def __call__(self, given: list[Tensor], recorder: Any) -> Any:
-        with recorder.in_order():
-            for own, t in zip(self.given, given, strict=True):
-                _written(own).copy_(_written(t))
-            self.replay()
-            return tree_unflatten([_copy(t) if isinstance(t, Tensor) else t for t in self.made], self.spec)
-
-
-def _record(graphs: Graphs[State], forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> _Call:
-    with torch.inference_mode(False), torch.no_grad():  # what is made here is written later, in whatever mode
-        own = [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        given = [leaf for leaf in own if isinstance(leaf, Tensor)]
-        watch = graphs.watch(given, random=False)
-        args, kwargs = tree_unflatten(own, spec)
-
-        def once() -> Any:
-            with torch.inference_mode(False), torch.no_grad(), watch:
-                return forward(*args, **kwargs)
-
-        before = [t._version for t in given]
-        recording = graphs.recorder.record(once)
+    def run() -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            made = forward(*args, **kwargs)
         if [t._version for t in given] != before:
             raise Refused("it writes into what it is given")
-        made, of = tree_flatten(recording.made)
-        for leaf in made:
+        for leaf in tree_leaves(made):
             if not isinstance(leaf, _CONSTANT) and not _is_dense(leaf):
                 raise Refused(f"it returns a {type(leaf).__name__}")
-    return _Call(given, recording.replay, made, of, list(watch.read.values()))
+        return made
+
+    return run, given
 
 
 def why_not(network: nn.Module, always: bool, state: State) -> str | None:
@@ -145,7 +167,8 @@ def why_not(network: nn.Module, always: bool, state: State) -> str | None:
         return "a part of it is compiled"
     if not all(is_plain(t) for t in tensors(network)):
         return "some of its weights are not plain tensors"
-    unknown = next((m for m in (*state.modules, *state.objects) if not type(m).__module__.startswith(PURE)), None)
+    parts = (network, *state.modules, *state.objects)
+    unknown = next((part for part in parts if not type(part).__module__.startswith(PURE)), None)
     if always or unknown is None:
         return None
     return f"{type(unknown).__name__} may do something else in each call; cuda_graph=True takes it that it does not"
@@ -182,18 +205,3 @@ def _described(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.dtype, leaf.device, leaf.shape, leaf.stride()
     return type(leaf), leaf.hex() if type(leaf) is float else leaf  # 0.0 is not -0.0, and NaN is NaN
-
-
-def _copy(t: Tensor) -> Tensor:
-    """A copy of the same strides."""
-    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-    _written(made).copy_(_written(t))
-    return made
-
-
-def _written(t: Tensor) -> Tensor:
-    """The part of a tensor to write for all of it to be written: one entry of a dimension that repeats it."""
-    for dim, stride in enumerate(t.stride()):
-        if stride == 0 and t.shape[dim] > 1:
-            t = t.narrow(dim, 0, 1)
-    return t

@@ -1,7 +1,8 @@
-"""The CUDA graphs of a network: a few, which share their memory.
+"""The graphs of a network, in CUDA or of the kernels of a CPU: a few, which share their memory.
 
-A graph reads weights where they lie, so that what is changed in place shows: on a GPU no op keeps a packed copy of one.
-When a weight lies elsewhere, or the network is another otherwise, its graphs are given up.
+A graph reads weights where they lie, so that what is changed in place shows: on a GPU no op keeps a packed copy of one,
+and on a CPU a graph whose copies are out of date is given up. When a weight lies elsewhere, or the network is another
+otherwise, all of its graphs are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -18,14 +19,18 @@ from torch import Tensor, nn
 
 from diffkern import invariant
 from diffkern.backend import forced_backend
+from diffkern.graphs import recorder, tape
 from diffkern.graphs.looks import is_plain, tensors
-from diffkern.graphs.recorder import Recorder, Refused, Watch
+from diffkern.graphs.recorder import Recording, Refused, Watch
 
 LIMIT = 8  # graphs of a network, and recordings into one pool of memory
 
 
+RECORDERS: dict[str, type[recorder.Recorder] | type[tape.Recorder]] = {"cuda": recorder.Recorder, "cpu": tape.Recorder}
+
+
 def has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
+    return device.type in RECORDERS
 
 
 def check_option(cuda_graph: bool | str) -> None:
@@ -46,7 +51,7 @@ L = TypeVar("L", bound=Looks)
 class Graphs(Generic[L]):
     """The graphs of one network, by what they were recorded of."""
 
-    recorder: Recorder
+    recorder: recorder.Recorder | tape.Recorder
 
     def __init__(self, network: nn.Module, look: Callable[[nn.Module], L], what: str, stacklevel: int) -> None:
         """look: takes down what the graphs take for granted. what: runs without a graph, and stacklevel: how far above
@@ -57,7 +62,7 @@ class Graphs(Generic[L]):
         self.kept: OrderedDict[Hashable, Any] = OrderedDict()  # the last used last; None: not to be had
         self.looks: L | None = None
         self.setting: Hashable = None
-        self.warned = self.hopeless = False
+        self.always = self.warned = self.hopeless = False  # always: a graph was asked for
         self.recorded = 0
 
     @property
@@ -68,13 +73,13 @@ class Graphs(Generic[L]):
 
     def look(self, device: torch.device) -> bool:
         """Give up the graphs if the network is not as it was when they were recorded. Returns whether it is."""
-        network, setting = self.network, (device, torch.is_autocast_enabled("cuda"))
+        network, setting = self.network, (device, torch.is_autocast_enabled(device.type))
         if self.looks is not None and self.setting == setting and self.looks.hold(network):
             return True
         self.looks, self.setting, self.recorded = self.take_down(network), setting, 0
         self.warned = self.hopeless = False
         self.kept.clear()
-        self.recorder = Recorder(device)
+        self.recorder = RECORDERS[device.type](device)
         return False
 
     def find(self, key: Hashable) -> Any:
@@ -82,36 +87,47 @@ class Graphs(Generic[L]):
             self.kept.move_to_end(key)
         return self.kept.get(key)
 
-    def record(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` makes with the recorder, from now on kept under the key; None, after one warning, if it is not to
-        be had."""
-        if self.hopeless or key in self.kept:
-            return None
-        while len(self.kept) >= LIMIT:
+    def keep(self, key: Hashable, graph: Any) -> None:
+        while len(self.kept) >= LIMIT and key not in self.kept:
             self.kept.popitem(last=False)
+        self.kept[key] = graph
+
+    def record(self, run: Callable[[], Any], given: Sequence[Tensor] = (), draws: bool = True) -> Recording | None:
+        """What the recorder makes of `run`, which does that once; None, after one warning, if a recording is not to be
+        had. given: what a replay is given others for. draws: whether it may draw random numbers; on a CPU it may."""
+        if self.hopeless:
+            return None
         if self.recorded % LIMIT == 0:  # else a pool would grow with each shape that is larger than those before
             self.recorder.new_pool()
         self.recorded += 1
-        graph = None
         try:
-            if torch.is_autocast_enabled("cuda"):
-                raise Refused("autocast keeps copies of weights, which a graph would go on reading")
-            graph = make()
+            return self._record(run, given, draws)
         except Exception as e:
-            self.recorded, self.hopeless = 0, not isinstance(e, torch.OutOfMemoryError)
+            # On a CPU to try again, with other arguments or on another backend, costs no more than a call.
+            self.hopeless = not isinstance(e, torch.OutOfMemoryError) and self.recorder.device.type != "cpu"
+            self.recorded = 0
             self.warn(reason(e), self.stacklevel + 1)
-        self.kept[key] = graph
-        return graph
+            return None
+
+    def _record(self, run: Callable[[], Any], given: Sequence[Tensor], draws: bool) -> Recording:
+        device = self.recorder.device.type
+        if torch.is_autocast_enabled(device):
+            raise Refused("autocast keeps copies of weights, which a graph would go on reading")
+        weights = [t for t in tensors(self.network) if is_plain(t)]
+        watch = Watch((*weights, *given), draws or device == "cpu", is_silent=device == "cpu")
+
+        def watched() -> Any:
+            with watch:
+                return run()
+
+        recording = self.recorder.record(watched, given, weights)
+        return recording if device == "cpu" else recording._replace(read=list(watch.read.values()))
 
     def warn(self, why: str, stacklevel: int) -> None:
-        """Once for a network as it is."""
-        if not self.warned:
+        """Once for a network as it is. On a CPU a graph is nothing to be missed, unless it was asked for."""
+        if not self.warned and (self.always or self.recorder.device.type != "cpu"):
             self.warned = True
-            warnings.warn(f"{self.what} without a CUDA graph: {why}", RuntimeWarning, stacklevel=stacklevel + 1)
-
-    def watch(self, more: Iterable[Tensor] = (), random: bool = True) -> Watch:
-        """Of what is recorded, with the network's tensors and more known."""
-        return Watch((*(t for t in tensors(self.network) if is_plain(t)), *more), random)
+            warnings.warn(f"{self.what} without a graph: {why}", RuntimeWarning, stacklevel=stacklevel + 1)
 
 
 def settings() -> Hashable:

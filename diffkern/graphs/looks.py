@@ -28,25 +28,23 @@ class Places:
 
 class State:
     """All that a call of a network may read of it: its modules, where their tensors lie, and every attribute of them
-    and of the objects that they have, such as the scale of a LoRA layer. Holds on to modules and objects, so that it
-    belongs where it goes with the network, and not to weights. Compared in C where it can be: a replay of SD 1.5's UNet
-    looks at 709 modules first."""
+    and of the objects that they have, such as the scale of a LoRA layer. Holds on to the network's parts and objects,
+    so that it belongs where it goes with the network, and neither to weights nor to the network itself. Compared in C
+    where it can be: a replay of SD 1.5's UNet looks at 709 modules first."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.modules = list(network.modules())
-        self.types = [type(m) for m in self.modules]
+        self.modules = list(network.modules())[1:]
+        self.types = [*map(type, self.modules), type(network)]
         self.objects: list[Any] = []
         self.attributes: list[Tensor] = []  # that are neither parameters nor buffers
-        self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        seen: set[int] = set()
-        for module in self.modules:
-            state = vars(module)
-            # The dicts of weights are held as they are, and looked into for places.
-            self.before.append((state, {k: v if k in _WEIGHTS else _copied(v) for k, v in state.items()}))
-            for name, value in state.items():
+        self.own = _copied_state(_own(network))
+        self.before = [(vars(module), _copied_state(vars(module))) for module in self.modules]
+        states, seen = [self.own, *(state for state, _ in self.before)], set[int]()
+        for state in states:
+            for name, value in list(state.items()):
                 if name not in (*_WEIGHTS, "_modules", *OPAQUE):
                     self._go_into(value, seen)
-        self.weights = [state[name] for state, _ in self.before for name in _WEIGHTS if name in state]
+        self.weights = [state[name] for state in states for name in _WEIGHTS if name in state]
         self.places = self._places()
 
     def _go_into(self, value: Any, seen: set[int]) -> None:
@@ -75,12 +73,22 @@ class State:
         """Whether all is as it was."""
         try:
             return (
-                list(map(type, self.modules)) == self.types
+                [*map(type, self.modules), type(network)] == self.types
+                and _own(network) == self.own
                 and all(now == then for now, then in self.before)
                 and self._places() == self.places
             )
         except Exception:  # an attribute is another, and what it is has no single truth, as an array
             return False
+
+
+def _own(network: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(network).items() if name not in OPAQUE}
+
+
+def _copied_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The dicts of weights are held as they are, and looked into for places."""
+    return {name: value if name in _WEIGHTS else _copied(value) for name, value in state.items()}
 
 
 def _is_object(value: Any) -> bool:

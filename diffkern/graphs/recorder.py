@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 _recording = threading.Lock()
 
@@ -26,12 +26,12 @@ class Refused(RuntimeError):
 class Watch(TorchDispatchMode):
     """Refuses what cannot be recorded, and remembers what is read that was not made inside, but for `known` tensors."""
 
-    def __init__(self, known: Iterable[Tensor], random: bool = True) -> None:
+    def __init__(self, known: Iterable[Tensor], random: bool = True, is_silent: bool = False) -> None:
         """random: whether numbers may be drawn; from another generator than the device's they are the same in every
-        replay."""
+        replay. is_silent: ops are to run as if nobody looked on (diffkern/dispatch.py)."""
         super().__init__()
-        self.random = random
-        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.random, self.is_silent = random, is_silent
+        self.known = {memory(t) for t in known}
         self.read: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -44,11 +44,11 @@ class Watch(TorchDispatchMode):
         if not self.random and _draws(func, args, kwargs):
             raise Refused(f"the model draws random numbers ({func})")
         for t in given:
-            place = t.untyped_storage().data_ptr()
+            place = memory(t)
             if place not in self.known:
                 self.read.setdefault(place, t)
         made = func(*args, **kwargs)
-        self.known.update(t.untyped_storage().data_ptr() for t in tree_leaves(made) if isinstance(t, Tensor))
+        self.known.update(memory(t) for t in tree_leaves(made) if isinstance(t, Tensor))
         return made
 
 
@@ -68,10 +68,14 @@ def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 class Recording(NamedTuple):
-    """replay: does again what was recorded. made: what that returned; each replay writes into its tensors."""
+    """replay(given): does again what was recorded, with these in place of the tensors that it was given, and returns
+    what that makes, in new tensors. made: the same of the recorded run. hold(): whether a replay would still do what a
+    run does. read: what it reads beside weights, and has to stay."""
 
-    replay: Callable[[], None]
+    replay: Callable[..., Any]
     made: Any
+    hold: Callable[[], bool] = lambda: True
+    read: Sequence[Tensor] = ()
 
 
 class Recorder:
@@ -92,8 +96,9 @@ class Recorder:
         finally:
             self.last.record(torch.cuda.current_stream(self.device))
 
-    def record(self, run: Callable[[], Any]) -> Recording:
-        """run, to be replayed again and again. Its kernels do not run here."""
+    def record(self, run: Callable[[], Any], given: Sequence[Tensor] = (), weights: Iterable[Tensor] = ()) -> Recording:
+        """run, to be replayed again and again, and its first replay: recorded kernels do not run. given: what it reads
+        that a replay is given others for. weights: of the network, which are not held."""
         graph = torch.cuda.CUDAGraph()
         with _recording, torch.cuda.device(self.device):
             torch.cuda.synchronize()
@@ -107,7 +112,15 @@ class Recorder:
                     self._abandon(graph)
                     raise
                 graph.capture_end()
-        return Recording(graph.replay, made)
+
+        def replay(others: Sequence[Tensor] = given) -> Any:
+            for own, t in zip(given, others, strict=True):
+                if own is not t:
+                    _written(own).copy_(_written(t))
+            graph.replay()
+            return tree_map(lambda t: copied(t) if isinstance(t, Tensor) else t, made)
+
+        return Recording(replay, replay())
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
@@ -131,3 +144,23 @@ def _own_workspaces() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+def copied(t: Tensor) -> Tensor:
+    """A copy of the same strides."""
+    made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    _written(made).copy_(_written(t))
+    return made
+
+
+def _written(t: Tensor) -> Tensor:
+    """The part of a tensor to write for all of it to be written: one entry of a dimension that repeats it."""
+    for dim, stride in enumerate(t.stride()):
+        if stride == 0 and t.shape[dim] > 1:
+            t = t.narrow(dim, 0, 1)
+    return t
+
+
+def memory(t: Tensor) -> int:
+    """What tells one tensor's memory from another's."""
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)  # oneDNN's own show nothing

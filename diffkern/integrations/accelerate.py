@@ -42,13 +42,14 @@ def accelerate(
 
     pipe_or_module: a diffusers pipeline, whose diffusers models are accelerated, or any module. backend: of the models'
     ops; "auto" takes the fastest for each call. schedulers: whether the scheduler of a pipeline steps in one op.
-    cuda_graph: on a GPU "auto" records a call of a denoiser, a ControlNet, or the encoder or decoder of a VAE in a CUDA
-    graph once three like it were made, and replays it from then on: the same bits, without Python and gaps between
-    kernels. Calls are alike if their tensors have the same shapes, dtypes and strides and all other arguments are the
-    same; a timestep may be a number. True does so after two, also with classes of the user, which then must do the same
-    in each call but for what their attributes and their tensors say; what cannot be recorded is warned of once. False
-    does not, and frees the graphs, which keep the memory that a call needs. A network that was changed is recorded
-    anew; calls with hooks or offloading inside the network, under autocast or torch.compile run as before.
+    cuda_graph: "auto" records a call of a denoiser, a ControlNet, or the encoder or decoder of a VAE once three
+    like it were made, on a GPU in a CUDA graph, on a CPU as the calls of its kernels, and replays it from then on:
+    the same bits, without Python and gaps between kernels. Calls are alike if their tensors have the same shapes,
+    dtypes and strides and all other arguments are the same; a timestep may be a number. True does so after two,
+    also with classes of the user, which then must do the same in each call but for what their attributes and their
+    tensors say; what cannot be recorded is then warned of once, on a GPU with "auto" too. False does not, and frees
+    the graphs, which on a GPU keep the memory that a call needs. A network that was changed is recorded anew; calls
+    with hooks or offloading inside the network, under autocast or torch.compile run as before.
     strict: raise, before anything is changed, if a part of a diffusers model or the scheduler would be left as it is.
 
     Weights, hooks and config stay the same objects. What is changed later (weights in place, LoRA layers, attention
@@ -146,15 +147,16 @@ def _recorded(module: Any, plain: Any, cuda_graph: bool | str) -> tuple[Any, str
     if cuda_graph is False:
         return plain, None
     if has_own_forward(module):
-        return type(module), "no CUDA graph: another library has replaced its forward"
+        return type(module), "no graph: another library has replaced its forward"
     cls = accelerated_class(AlwaysNetwork if cuda_graph is True else Network, plain, "auto")
     device = placement(module)[0]
     if not kept.has_graphs(device):
-        return cls, f"no CUDA graph: it is on the {device.type}, which has none" if cuda_graph is True else None
+        return cls, f"no graph: it is on the {device.type}, which has none" if cuda_graph is True else None
     reason = why_not(module, cuda_graph is True, State(module))
     if reason is not None:
-        return cls, f"no CUDA graph: {reason}"
-    return cls, f"a CUDA graph of a call, after {BEFORE[cuda_graph]} like it"
+        return cls, f"no graph: {reason}"
+    what = "a CUDA graph of a call" if device.type == "cuda" else "the kernels of a call recorded"
+    return cls, f"{what}, after {BEFORE[cuda_graph]} like it"
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffkern.layout import accumulate
 from diffkern.models import folder
 from diffkern.models.blocks import Attention, Downsample, ResnetBlock, Upsample, convolve, normalised, picture
+from diffkern.models.recorded import recorded
 from diffkern.ops.reparameterize import reparameterize
 
 EPS = 1e-6  # of all norms: no config value
@@ -144,6 +145,7 @@ class _Coder(nn.Module):
     def blocks(self) -> Iterator[_Level | _Mid]:
         raise NotImplementedError
 
+    @recorded
     def forward(self, x: Tensor) -> Tensor:
         h = picture(self.conv_in, x)
         # One loop over all layers: inside a call of a block its input would stay in memory until the block ends.

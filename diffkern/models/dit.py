@@ -22,6 +22,7 @@ from diffkern.models.blocks import (
     project,
     project_side_by_side,
 )
+from diffkern.models.recorded import recorded
 from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 from diffkern.ops.timestep_embedding import timestep_embedding
@@ -207,6 +208,7 @@ class DiT(nn.Module):
         rows.append(self.proj_out_1(vectors[0]))
         return torch.cat([row.unflatten(1, (-1, self.config.width)).transpose(0, 1) for row in rows])
 
+    @recorded
     def forward(
         self,
         x: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffkern.models import folder
 from diffkern.models.blocks import Attention
+from diffkern.models.recorded import recorded
 from diffkern.models.unet_base import UNet
 from diffkern.models.unet_config import UNetConfig
 
@@ -73,6 +74,7 @@ class UNet2D(UNet):
         and rows of the result to `forward`. Returns [B, sum of the blocks' widths]."""
         return self.rows(self.embedding(timestep, class_labels))
 
+    @recorded
     def forward(
         self,
         x: Tensor,

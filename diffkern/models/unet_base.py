@@ -146,7 +146,7 @@ class UNet(nn.Module):
             needs = "needs class labels" if class_labels is None else "is not class-conditional: it takes no labels"
             raise ValueError(f"this model {needs}")
         c = self.config
-        sinusoids = timestep_embedding(timestep, self.conv_in.out_channels, c.flip_sin_to_cos, c.freq_shift)
+        sinusoids = timestep_embedding(timestep, self.conv_in.out_channels, c.flip_sin_to_cos, float(c.freq_shift))
         emb = self.time_embedding(sinusoids.to(self.conv_in.weight.dtype), guidance)
         if self.class_embedding is not None and class_labels is not None:
             emb = emb + self.class_embedding(class_labels)

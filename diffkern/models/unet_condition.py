@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffkern.models import folder
 from diffkern.models.blocks import Context, TimestepEmbedding
+from diffkern.models.recorded import recorded
 from diffkern.models.transformer import SpatialTransformer, TransformerBlock
 from diffkern.models.unet_base import UNet
 from diffkern.models.unet_config import UNetConfig
@@ -154,7 +155,7 @@ class UNet2DCondition(UNet):
             c = self.config
             rows, numbers = time_ids.shape
             width = c.addition_time_embed_dim
-            sinusoids = timestep_embedding(time_ids.flatten(), width, c.flip_sin_to_cos, c.freq_shift)
+            sinusoids = timestep_embedding(time_ids.flatten(), width, c.flip_sin_to_cos, float(c.freq_shift))
             sinusoids = sinusoids.view(rows, numbers * width).to(embedding.dtype)
             added = torch.cat([text_embeds.to(embedding.dtype), sinusoids], dim=1)
             if added.shape[1] != c.projection_class_embeddings_input_dim:
@@ -187,6 +188,7 @@ class UNet2DCondition(UNet):
         the timestep, also R rows. The weights are taken as they are now: bind again after a change."""
         return Given(self, list(self.prompts(encoder_hidden_states, mask)), told)
 
+    @recorded
     def forward(
         self,
         x: Tensor,

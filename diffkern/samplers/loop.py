@@ -55,10 +55,11 @@ def sample(
     True, False, or None to show a bar on a terminal once the work takes longer than two seconds. callback: called
     after every step.
 
-    cuda_graph: True records a step in a CUDA graph and replays it, with the same result bit for bit. Weights may change
-    in place or be replaced; a Python number that the model reads stays what it was in the recording. What cannot be
-    recorded runs without, after one warning. "auto" does so on a GPU for diffkern's own networks in runs of 8 steps or
-    more. False does not, and frees the model's graphs, which keep the memory that a step needs.
+    cuda_graph: True records a step, on a GPU in a CUDA graph, on a CPU as the calls of its kernels, and replays it,
+    with the same result bit for bit. Weights may change in place or be replaced; a Python number that the model reads
+    stays what it was in the recording. What cannot be recorded runs without, after one warning. "auto" does so for
+    diffkern's own networks in runs of 8 steps or more. False does not, and frees the model's graphs, which on a GPU
+    keep the memory that a step needs.
 
     Returns float32 [n, *shape], and with trajectory a pair of that and float32 [steps + 1, n, *shape], the noise first.
     Raises ValueError for arguments that do not fit together."""

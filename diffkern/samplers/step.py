@@ -167,6 +167,10 @@ class Step:
         self.row += 1
         self.place += self.stride
 
+    def state(self) -> list[Tensor]:
+        """What a step writes, if it is `fixed`."""
+        return [t for t in (self.x, self.model_input, self.base, *self.past, self.row, self.place) if t is not None]
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of it by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}

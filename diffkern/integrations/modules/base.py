@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from diffkern.backend import use_backend
+from diffkern.dispatch import is_for_ops
 from diffkern.graphs.calls import NAME
 from diffkern.models import blocks
 from diffkern.ops.conv2d import conv2d
@@ -28,9 +28,6 @@ from diffkern.ops.linear import activate, linear
 from diffkern.ops.query_key_value import query_key_value
 
 _ANY: AbstractContextManager[None] = nullcontext()
-# By their names: each is asked in the call of every module.
-_is_any_autocast, _trace = torch._C._is_any_autocast_enabled, torch._C._get_tracing_state
-_transform = torch._C._functorch.maybe_current_level
 
 
 class Accelerated:
@@ -103,19 +100,6 @@ def become(module: Any, cls: Any) -> None:
         kept = vars(module).get(name)
         if isinstance(kept, MethodType) and kept.__func__ is forward:
             setattr(module, name, MethodType(cls.forward, module))
-
-
-def is_for_ops(x: Tensor) -> bool:
-    """Whether a call with x may run in ops: not under autocast, which picks dtypes by PyTorch's functions, nor where it
-    is traced for another program or by torch.func and forward-mode derivatives, which would not see through an op."""
-    return (
-        (x.is_cpu or x.is_cuda)
-        and not (_is_any_autocast() and torch.is_autocast_enabled(x.device.type))
-        and _trace() is None
-        and not torch.compiler.is_exporting()
-        and _transform() is None
-        and forward_ad._current_level < 0
-    )
 
 
 def is_for_training(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Whole networks, whose calls are recorded in CUDA graphs on a GPU. What they compute is their parts' matter."""
+"""Whole networks, whose calls are recorded and replayed. What they compute is their parts' matter."""
 
 from __future__ import annotations
 

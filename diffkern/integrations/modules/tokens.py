@@ -100,4 +100,4 @@ class Timesteps(Accelerated):
         if timesteps.dim() != 1 or torch.is_grad_enabled():  # what trains is told the numbers of plain diffusers
             return NotImplemented
         scaled = timesteps if self.scale == 1 else timesteps.to(torch.float32) * self.scale
-        return timestep_embedding(scaled, self.num_channels, self.flip_sin_to_cos, self.downscale_freq_shift)
+        return timestep_embedding(scaled, self.num_channels, self.flip_sin_to_cos, float(self.downscale_freq_shift))
