@@ -103,6 +103,19 @@ def test_calls_with_other_numbers(name: str, dtype: torch.dtype, monkeypatch: py
     assert (CPURecorder.last.records, CPURecorder.last.replays) == (1, 3)
 
 
+@pytest.mark.parametrize("number", [int, lambda i: i + 0.5])
+@torch.no_grad()
+def test_a_timestep_that_is_a_number(number: Callable[[int], Any]) -> None:
+    network, _ = unet()
+    by_place: Call = lambda i: network(picture(i), number(i), torch.tensor([0, 3]))  # noqa: E731
+    by_name: Call = lambda i: network(picture(i), timestep=number(i), class_labels=torch.tensor([0, 3]))  # noqa: E731
+    for call in (by_place, by_name):
+        for i in range(BEFORE + 3):
+            assert torch.equal(call(i), plain(call, i))
+    assert recordings(network) == 2
+    assert CPURecorder.last.replays == 4
+
+
 @torch.no_grad()
 def test_what_changes_shows() -> None:
     network, call = unet()

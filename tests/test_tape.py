@@ -17,17 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffkern
 from diffkern import packing
-from diffkern.graphs.recorder import Recording, Refused, Watch
+from diffkern.graphs.recorder import Recording, Refused, Watch, copied
 from diffkern.graphs.tape import Recorder
 from diffkern.models.unet import UNet2D
+from diffkern.op import OPS
 
 X = torch.linspace(-2, 3, 24).reshape(2, 3, 4)
 
 
 @torch.no_grad()
 def record(run: Callable[..., Any], *given: Tensor, weights: Sequence[Tensor] = ()) -> Recording:
-    own = [t.clone() for t in given]
-    return Recorder(torch.device("cpu")).record(lambda: run(*own), own, weights)
+    own = [copied(t) for t in given]
+
+    def watched() -> Any:
+        with Watch([*own, *weights], is_silent=True):
+            return run(*own)
+
+    return Recorder(torch.device("cpu")).record(watched, own, weights)
 
 
 def written_through_a_view(x: Tensor) -> Tensor:
@@ -202,13 +208,8 @@ READS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 @pytest.mark.parametrize("how", READS)
 def test_what_a_replay_would_not_do_is_refused(how: str) -> None:
     run, reason = READS[how]
-
-    def watched(x: Tensor) -> Any:
-        with Watch([x], is_silent=True):
-            return run(x)
-
     with pytest.raises(Refused, match=reason):
-        record(watched, X)
+        record(run, X)
 
 
 def test_random_numbers_are_drawn_anew() -> None:
@@ -238,3 +239,24 @@ def test_a_recording_has_the_kernels_that_run_unseen() -> None:
     names = {call._schema.name for call, *_ in lines if hasattr(call, "_schema")}
     assert {"diffkern_C::group_norm_silu", "diffkern_C::winograd", "diffkern_C::attention"} <= names
     assert not [name for name in names if name.startswith("diffkern::")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@torch.no_grad()
+def test_every_op(op: Any, dtype: torch.dtype) -> None:
+    """With another first argument in each replay, and what else it has read where it lies."""
+    for sample in op.make_samples("cpu", dtype):
+        if sample.workload:
+            continue
+        first, *others = op.bind(*sample.args())
+        other = copied(first).copy_(first.flip(0))
+
+        def call(x: Tensor, others: list[Any] = others) -> Any:
+            return op(x, *others)
+
+        call(first)  # packs
+        recording = record(call, first)
+        assert recording.hold()
+        for x in (first, other):
+            torch.testing.assert_close(recording.replay([x]), call(x), rtol=0, atol=0, equal_nan=True, msg=sample.name)

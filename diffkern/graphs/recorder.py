@@ -163,4 +163,6 @@ def _written(t: Tensor) -> Tensor:
 
 def memory(t: Tensor) -> int:
     """What tells one tensor's memory from another's."""
-    return t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t)  # oneDNN's own show nothing
+    if t.layout is not torch.strided:  # oneDNN's own show nothing
+        return id(t)
+    return t.untyped_storage().data_ptr() or id(t)  # of no element there is none

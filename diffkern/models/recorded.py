@@ -17,17 +17,24 @@ from diffkern.graphs.looks import is_plain
 
 
 def recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a network, which is given a picture first."""
+    """The forward of a network, which is given a picture first, and then a timestep if any."""
 
     @functools.wraps(forward)
     def call(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if is_plain(x) and x.is_cpu and _may_be_recorded(x):
+            # A number would be taken for one that never changes.
+            args, kwargs = (*map(_tensor, args[:1]), *args[1:]), {k: _tensor(v) for k, v in kwargs.items()}
             result = _calls(self)(functools.partial(forward, self), (x, *args), kwargs, x)
             if result is not NotImplemented:
                 return result
         return forward(self, x, *args, **kwargs)
 
     return call
+
+
+def _tensor(value: Any) -> Any:
+    """What a forward makes of a timestep that is a number."""
+    return torch.as_tensor(value) if type(value) in (int, float) else value
 
 
 def _may_be_recorded(x: Tensor) -> bool:
