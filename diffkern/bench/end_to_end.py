@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +31,25 @@ AT_LEAST = 1.0  # seconds of a measurement: a sampler calls a network again and 
 EACH = 2 * 3600.0  # seconds that a process may take for an answer: compilers need many minutes
 
 
-def _invariant(network: Network, folder: Path, dtype: torch.dtype) -> Run:
-    call = network.ours(folder, dtype)
+def _inside(context: Callable[[], contextlib.AbstractContextManager[None]]) -> Make:
+    """diffkern's own network, called inside a block."""
 
-    def run() -> torch.Tensor:
-        with diffkern.batch_invariant():
-            return call()
+    def make(network: Network, folder: Path, dtype: torch.dtype) -> Run:
+        call = network.ours(folder, dtype)
 
-    return run
+        def run() -> torch.Tensor:
+            with context():
+                return call()
 
+        return run
 
-def _unrecorded(network: Network, folder: Path, dtype: torch.dtype) -> Run:
-    call = network.ours(folder, dtype)
-
-    def run() -> torch.Tensor:
-        with diffkern.unrecorded():
-            return call()
-
-    return run
+    return make
 
 
 OURS: dict[str, Make] = {
-    "diffkern": lambda network, folder, dtype: network.ours(folder, dtype),
-    "diffkern, unrecorded": _unrecorded,
-    "diffkern, batch_invariant": _invariant,
+    "diffkern": _inside(contextlib.nullcontext),
+    "diffkern, unrecorded": _inside(diffkern.unrecorded),
+    "diffkern, batch_invariant": _inside(diffkern.batch_invariant),
 }
 
 
