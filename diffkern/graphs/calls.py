@@ -96,7 +96,7 @@ class Calls:
             with self.graphs.recorder.in_order():
                 if graph is not None and graph.hold():
                     return graph.replay(given)
-                if not self._is_due(key):
+                if self.graphs.is_refused(key) or not self._is_due(key):
                     return NotImplemented
                 with torch.inference_mode(False):  # what is made here is written later, in whatever mode
                     run, own = _fixed(forward, leaves, spec)

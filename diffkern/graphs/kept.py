@@ -87,6 +87,10 @@ class Graphs(Generic[L]):
             self.kept.move_to_end(key)
         return self.kept.get(key)
 
+    def is_refused(self, key: Hashable) -> bool:
+        """Whether it was tried in vain: to try again would take a call's time."""
+        return key in self.kept and self.kept[key] is None
+
     def keep(self, key: Hashable, graph: Any) -> None:
         while len(self.kept) >= LIMIT and key not in self.kept:
             self.kept.popitem(last=False)
