@@ -7,6 +7,7 @@ import io
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,15 +162,17 @@ def test_copies_have_recordings_of_their_own() -> None:
     file = io.BytesIO()
     torch.save(network, file)
     file.seek(0)
-    args = picture(9), times(9), torch.tensor([0, 3])
+    args, own = (picture(9), times(9), torch.tensor([9 % 4, 3])), call(9)
     for other in (copy.deepcopy(network), copy.copy(network), torch.load(file, weights_only=False)):
-        other.conv_in = nn.Conv2d(3, 8, 3, padding=1)
+        # Of all that a shallow copy has only its attributes are its own.
+        other.config = replace(other.config, flip_sin_to_cos=not other.config.flip_sin_to_cos)
         for _ in range(BEFORE + 2):
             with calls.unrecorded():
                 want = other(*args)
             assert torch.equal(other(*args), want)
         assert recordings(other) == 1
-        assert not torch.equal(want, call(9))
+        assert not torch.equal(want, own)
+        assert torch.equal(call(9), own)
 
 
 @torch.no_grad()
