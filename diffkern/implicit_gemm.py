@@ -8,26 +8,20 @@ taken over, and in which order, depends on its place in the picture alone: a sam
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffkern import invariant
-from diffkern.packing import compute_dtype, packed
-
-
-@functools.cache
-def _measured() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+from diffkern.packing import compute_dtype, packed, vectors
 
 
 def pays(weight: Tensor, sides: Sequence[int], upsample: bool, size: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether this convolution is computed so: where it is no slower than oneDNN's, and under `batch_invariant()`
     wherever it can be. size: H' and W'. The batch has no say. It has not been timed against AMX."""
     n, channels, *kernel = weight.shape
-    if upsample or max(sides[:2]) >= kernel[1] or max(sides[2:]) >= kernel[0] or not _measured():
+    if upsample or max(sides[:2]) >= kernel[1] or max(sides[2:]) >= kernel[0] or vectors() is None:
         return False
     native = compute_dtype(dtype, convolution=True) == dtype
     if native and dtype != torch.float32 and torch.cpu._is_amx_tile_supported():
@@ -36,8 +30,14 @@ def pays(weight: Tensor, sides: Sequence[int], upsample: bool, size: tuple[int, 
         return True
     # Of few channels the taps are gathered a few numbers at a time. Many pixels and many weights leave the caches, and
     # there oneDNN has the last percent.
+    if channels < 16:
+        return False
+    # With AVX2 alone oneDNN lays a weight out for the size of a batch, and in a batch of another size does so anew in
+    # every call: 30 ns a number, up to six times as long as what it then multiplies.
+    if vectors() == "AVX2":
+        return True
     pixels = size[0] * size[1]
-    if channels < 16 or pixels > 256:
+    if pixels > 256:
         return False
     if kernel == [1, 1]:  # of few channels, little more than read and written
         return dtype != torch.float32 and channels >= 96 and channels * pixels <= 1 << 17

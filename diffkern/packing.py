@@ -179,6 +179,14 @@ def _keeps() -> bool:
 
 
 @functools.cache
+def vectors() -> str | None:
+    """The vectors that our own products are computed in, "AVX2" or "AVX512", and None on a CPU where nobody has timed
+    them."""
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in ("AVX2", "AVX512") else None
+
+
+@functools.cache
 def compute_dtype(dtype: torch.dtype, convolution: bool = False) -> torch.dtype:
     """The dtype that a product is computed in: the tensors' own where the CPU multiplies it faster. Measured with
     AVX-512: without instructions for bfloat16 its products take 1.2 to 1.9 times as long as float32 ones with their

@@ -10,27 +10,20 @@ pixels that see it and no other.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from diffkern.packing import compute_dtype
+from diffkern.packing import compute_dtype, vectors
 
 MOST = 4
 """Results that the kernel makes."""
-
-
-@functools.cache
-def _measured() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def pay(weight: Tensor, stride: int, upsample: bool, dtype: torch.dtype) -> bool:
     """Whether this convolution is computed so, faster than by Winograd's way or by oneDNN: whatever the size of the
     picture, and of the batch. It has not been timed against AMX."""
     n, _, *kernel = weight.shape
-    if n > MOST or kernel != [3, 3] or stride != 1 or upsample or not _measured():
+    if n > MOST or kernel != [3, 3] or stride != 1 or upsample or vectors() is None:
         return False
     native = dtype != torch.float32 and compute_dtype(dtype, convolution=True) == dtype
     return not (native and torch.cpu._is_amx_tile_supported())

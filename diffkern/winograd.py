@@ -17,19 +17,13 @@ pixel far larger than its neighbours costs them digits: a few millionths of it, 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffkern.layout import is_dense
-from diffkern.packing import compute_dtype, packed
-
-
-@functools.cache
-def _measured() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+from diffkern.packing import compute_dtype, packed, vectors
 
 
 class Tile(NamedTuple):
@@ -48,7 +42,7 @@ def tile(
     if kernel != [3, 3] or stride != 1 or (upsample and sides != (1, 1, 1, 1)):
         return None
     # Below 16 channels not even one vector is filled.
-    if not _measured() or channels < 16:
+    if vectors() is None or channels < 16:
         return None
     pixels, weights = size[0] * size[1], n * channels
     native = compute_dtype(dtype, convolution=True) == dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from diffkern.testing import make
 
 BACKENDS = [b for b in ("cpu", "triton", "torch", "reference") if availability(b) is None]
 KERNELS = [b for b in BACKENDS if b in ("cpu", "triton")]  # those that are diffkern's own
+module = importlib.import_module("diffkern.ops.attention")  # as an attribute it is the op
 
 
 def qkv(batch=2, queries=7, keys=9, heads=3, dim=8, dtype=torch.float32):
@@ -93,7 +96,8 @@ def test_a_key_that_is_masked_out_may_be_anything(backend, value, dim):
 
 
 @pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
-def test_wide_heads_in_float32_are_left_to_pytorch():
+def test_wide_heads_in_float32_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(module, "vectors", lambda: "AVX512")
     float32, bfloat16 = torch.float32, torch.bfloat16
     for dim, queries, dtype, best in (
         (512, 17, float32, "torch"), (512, 17, bfloat16, "cpu"),
@@ -103,6 +107,18 @@ def test_wide_heads_in_float32_are_left_to_pytorch():
         assert [c.backend for c in said if c.chosen] == [best]
     with use_backend("cpu"):
         assert diffkern.explain(attention, *qkv(dim=512))[0] == ("cpu", True, "forced")
+
+
+@pytest.mark.skipif(availability("cpu") is not None, reason="needs the native library")
+def test_with_avx2_alone_many_keys_of_wide_heads_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(module, "vectors", lambda: "AVX2")
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    for dim, keys, dtype, best in (
+        (256, 512, float32, "cpu"), (256, 513, float32, "torch"), (256, 513, bfloat16, "torch"),
+        (256, 513, float16, "cpu"), (128, 1025, float32, "cpu"),
+    ):  # fmt: skip
+        said = diffkern.explain(attention, *qkv(batch=1, queries=17, keys=keys, heads=1, dim=dim, dtype=dtype))
+        assert [c.backend for c in said if c.chosen] == [best]
 
 
 def test_gradients_equal_finite_differences_in_every_input():

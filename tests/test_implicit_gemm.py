@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from one_sample import assert_own_bits
 
 import diffkern
-from diffkern import implicit_gemm
+from diffkern import implicit_gemm, packing
 from diffkern.available import availability
 from diffkern.backend import use_backend
 from diffkern.testing import make
 
 pytestmark = [
     pytest.mark.skipif(availability("cpu") is not None, reason="a kernel of the cpu backend"),
-    pytest.mark.skipif(not implicit_gemm._measured(), reason="not chosen on this kind of CPU"),
+    pytest.mark.skipif(packing.vectors() is None, reason="not chosen on this kind of CPU"),
 ]
 ONE, NONE, END = (1, 1, 1, 1), (0, 0, 0, 0), (0, 1, 0, 1)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,6 +134,7 @@ def test_a_weight_that_changed_is_packed_again():
 def test_it_is_taken_where_it_pays_and_for_all_under_batch_invariant(monkeypatch, dtype, native, amx, expected):
     monkeypatch.setattr(implicit_gemm, "compute_dtype", lambda dtype, convolution: dtype if native else torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(implicit_gemm, "vectors", lambda: "AVX512")
 
     def pays(channels: int, kernel: int, pixels: int, side: int = 0, upsample: bool = False) -> bool:
         weight = torch.empty(256, channels, kernel, kernel, device="meta", dtype=dtype)
@@ -148,6 +149,21 @@ def test_it_is_taken_where_it_pays_and_for_all_under_batch_invariant(monkeypatch
         assert all(pays(*call) == expected for call in few + left)
         assert not pays(96, 1, 16, side=1)  # pixels that see nothing
         assert not pays(96, 3, 16, upsample=True)
+
+
+def test_with_avx2_alone_it_is_taken_from_a_vector_of_channels_on(monkeypatch):
+    """There oneDNN may lay the weight out anew in every call: 256 pictures' worth of products, six times as long."""
+    monkeypatch.setattr(implicit_gemm, "compute_dtype", lambda dtype, convolution: dtype)
+
+    def pays(channels: int, kernel: int, pixels: int) -> bool:
+        weight = torch.empty(256, channels, kernel, kernel, device="meta")
+        return implicit_gemm.pays(weight, [0] * 4, False, (pixels, pixels), torch.float32)
+
+    calls = [(16, 3, 17), (1025, 3, 8), (96, 1, 64), (512, 1, 4), (16, 1, 1)]
+    for found, expected in (("AVX2", True), (None, False)):
+        monkeypatch.setattr(implicit_gemm, "vectors", lambda found=found: found)
+        assert all(pays(*call) == expected for call in calls)
+        assert not pays(15, 3, 16)
 
 
 def test_batch_invariant_leaves_its_batches_whole(monkeypatch):

@@ -96,8 +96,7 @@ def used(monkeypatch, x: Tensor, weight: Tensor, activation: str) -> set[str]:
 
 
 def test_which_layers_are_ours_depends_on_no_batch(monkeypatch):
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("all products are oneDNN's without AVX-512")
+    monkeypatch.setattr(module, "vectors", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     short, long = (make((32, k), "cpu", torch.float32, seed=1) / k**0.5 for k in (24, 1200))
     for batch in (1, 3):
@@ -117,7 +116,15 @@ def test_which_layers_are_ours_depends_on_no_batch(monkeypatch):
     assert used(monkeypatch, tokens.half(), short.half(), "none") == expected
 
 
+def test_with_avx2_alone_all_layers_are_ours(monkeypatch):
+    x, weight = make((2, 4, 24), "cpu", torch.float32), make((32, 24), "cpu", torch.float32, seed=1) / 24**0.5
+    for vectors, expected in (("AVX2", "ours"), (None, "oneDNN")):
+        monkeypatch.setattr(module, "vectors", lambda vectors=vectors: vectors)
+        assert used(monkeypatch, x, weight, "none") == used(monkeypatch, x[0], weight, "silu") == {expected}
+
+
 def test_sixteen_bits_stay_with_onednn_where_there_is_amx(monkeypatch):
+    monkeypatch.setattr(module, "vectors", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(module, "compute_dtype", lambda dtype: dtype)  # as it would be there
     x, weight = make((3, 24), "cpu", torch.bfloat16), make((32, 24), "cpu", torch.bfloat16, seed=1)
@@ -126,8 +133,8 @@ def test_sixteen_bits_stay_with_onednn_where_there_is_amx(monkeypatch):
 
 def test_a_gated_layer_of_long_sums_is_within_its_bound():
     """By oneDNN, in one sum of 1536 products, its error was 1.4 times what is allowed: a benchmark refused it."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("all products are oneDNN's without AVX-512")
+    if packing.vectors() is None:
+        pytest.skip("all products are oneDNN's on this kind of CPU")
     sample = next(s for s in OPS["linear"].make_samples("cpu", torch.float32) if s.name == "DiT-S/2 MLP out")
     args = sample.args()
     judge("linear", (diffkern.linear(*args),), (OPS["linear"].reference(*args),), oracle(OPS["linear"], args))

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from one_sample import assert_own_bits
 
 import diffkern
-from diffkern import taps
+from diffkern import packing, taps
 from diffkern.available import availability
 from diffkern.backend import use_backend
 from diffkern.testing import make
 
 pytestmark = [
     pytest.mark.skipif(availability("cpu") is not None, reason="a kernel of the cpu backend"),
-    pytest.mark.skipif(not taps._measured(), reason="not chosen on this kind of CPU"),
+    pytest.mark.skipif(packing.vectors() is None, reason="not chosen on this kind of CPU"),
 ]
 ONE = (1, 1, 1, 1)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -16,7 +16,7 @@ from diffkern.winograd import Tile
 
 pytestmark = [
     pytest.mark.skipif(availability("cpu") is not None, reason="a kernel of the cpu backend"),
-    pytest.mark.skipif(not winograd._measured(), reason="not chosen on this kind of CPU"),
+    pytest.mark.skipif(packing.vectors() is None, reason="not chosen on this kind of CPU"),
 ]
 ONE = (1, 1, 1, 1)
 FLOATS, INTEGERS = [Tile(2), Tile(4), Tile(6)], Tile(4, integers=True)

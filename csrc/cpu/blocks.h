@@ -3,6 +3,7 @@
 // first register, as pairs of them are widened by a shift and a mask.
 #pragma once
 
+#include "lanes.h"
 #include "rows.h"
 #include "vector.h"
 
@@ -22,7 +23,6 @@ inline Block operator-(Block x, Block y) { return {x.a - y.a, x.b - y.b}; }
 inline Block operator-(Block x, float y) { return {x.a - y, x.b - y}; }
 inline Block operator*(Block x, float y) { return {x.a * y, x.b * y}; }
 
-typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
 typedef uint32_t LooseBits __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias, aligned(2)));
 
 // Which number of a block each place of its two registers holds.
@@ -60,11 +60,6 @@ inline Block read(const Half* in) {
 inline void write(Block x, float* out) {
   LooseVector* vectors = reinterpret_cast<LooseVector*>(out);
   vectors[0] = x.a, vectors[1] = x.b;
-}
-
-inline Bits rounded(Vector x) {
-  const Bits bits = (Bits)x;
-  return x != x ? Bits{} + 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
 }
 
 inline void write_by_bits(Block x, BFloat16* out) {

@@ -4,11 +4,21 @@
 #include "../common/dtype.h"
 #include "vector.h"
 
-#ifdef __AVX512F__
+#include <algorithm>
+
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace diffkern {
+
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
+
+// Numbers rounded to bfloat16, in the upper halves of their words; what the lower ones hold does not count.
+inline Bits rounded(Vector x) {
+  const Bits bits = (Bits)x;
+  return x != x ? Bits{} + 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
+}
 
 #ifdef __AVX512F__
 
@@ -30,12 +40,7 @@ inline void store_lanes(Vector x, Half* out, int64_t n) {
 }
 
 inline void store_by_bits(Vector x, BFloat16* out, int64_t n) {
-  const auto bits = (__m512i)x;
-  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
-  const __mmask16 unordered = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i result = _mm512_mask_mov_epi32(rounded, unordered, _mm512_set1_epi32(0x7fc00000));
-  _mm256_mask_storeu_epi16(out, lanes(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+  _mm256_mask_storeu_epi16(out, lanes(n), _mm512_cvtepi32_epi16((__m512i)(rounded(x) >> 16)));
 }
 
 inline void store_lanes(Vector x, BFloat16* out, int64_t n) {
@@ -63,6 +68,30 @@ void store_lanes(Vector x, T* out, int64_t n) {
   const auto* lanes = reinterpret_cast<const float*>(&x);
   n < kLanes ? narrow(lanes, out, n) : narrow(lanes, out, kLanes);
 }
+
+#ifdef __AVX2__
+// Of bfloat16 the compiler takes them through memory.
+inline Vector load_lanes(const BFloat16* in, int64_t n) {
+  BFloat16 some[kLanes] = {};
+  if (n < kLanes) {
+    std::copy_n(in, n, some);
+    in = some;
+  }
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+}
+
+inline void store_lanes(Vector x, BFloat16* out, int64_t n) {
+  const auto high = (__m256i)(rounded(x) >> 16);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  if (n >= kLanes) [[likely]] {
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(out), halves);
+  }
+  BFloat16 some[kLanes];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(some), halves);
+  std::copy_n(some, n, out);
+}
+#endif
 
 #endif
 

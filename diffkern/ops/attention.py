@@ -13,6 +13,7 @@ from diffkern.check import shaped, unfit
 from diffkern.invariant import masked
 from diffkern.layout import accumulate, fast_dtype
 from diffkern.op import Backend, Cost, Sample, for_gpu, op
+from diffkern.packing import vectors
 
 
 @op
@@ -78,8 +79,12 @@ def _defers(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor |
     """Measured beside PyTorch's with AVX-512, on one and two threads: in float32 the C++ kernel is 0.9 to 2.1 times as
     fast up to 256 numbers a head, most for few, but 0.7 to 1.2 times for 512, and 0.65 to 0.8 times from 160 on with
     16 queries; in bfloat16 and float16 it is 0.9 to 3 times as fast. With AVX512_BF16, on one thread in bfloat16, it is
-    1.7 to 3.3 times as fast on the workloads below, and no slower with 1 to 16 queries."""
-    queries, dim = q.shape[1], q.shape[-1]
+    1.7 to 3.3 times as fast on the workloads below, and no slower with 1 to 16 queries. With AVX2 alone it is 1.0 to
+    2.5 times as fast, but 0.8 to 0.9 times where the keys of a wide head leave a cache of 512 KB; not in float16, which
+    PyTorch converts again and again."""
+    queries, keys, dim = q.shape[1], k.shape[1], q.shape[-1]
+    if vectors() == "AVX2" and q.dtype != torch.float16 and dim > 128 and keys * dim > 1 << 17:
+        return f"PyTorch is faster with AVX2 alone for {keys} keys of {dim} numbers"
     if q.dtype == torch.float32 and (dim > 256 or (dim > 128 and queries <= 16)):
         return f"PyTorch is faster in float32 with {dim} numbers a head and {queries} queries"
     return None
