@@ -61,7 +61,7 @@ def _panel(axes: Any, machine: str, bars: list[Bar], colors: dict[str, str]) -> 
             _bar(axes, place + width * (i - (len(group) - 1) / 2), 0.88 * width, bar, colors[bar.rival])
     axes.set_yscale("log")
     low, high = min(0.9, *(bar.p20 for bar in bars)), max(1.2, *(bar.p80 for bar in bars))
-    low, high = low / (high / low) ** 0.25, high * (high / low) ** 0.25  # room for the figures
+    low, high = low / (high / low) ** 0.25, high * (high / low) ** 0.32  # room for the figures
     shown = [tick for tick in TICKS if low <= tick <= high]
     axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
     axes.set_yticks([], minor=True)
