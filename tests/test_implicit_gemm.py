@@ -152,7 +152,7 @@ def test_it_is_taken_where_it_pays_and_for_all_under_batch_invariant(monkeypatch
 
 
 def test_with_avx2_alone_it_is_taken_from_a_vector_of_channels_on(monkeypatch):
-    """There oneDNN may lay the weight out anew in every call: 256 pictures' worth of products, six times as long."""
+    """There oneDNN may lay the weight out anew in every call, which can take longer than its products."""
     monkeypatch.setattr(implicit_gemm, "compute_dtype", lambda dtype, convolution: dtype)
 
     def pays(channels: int, kernel: int, pixels: int) -> bool:
