@@ -1,6 +1,10 @@
 """The gradient of LayerNorm and its modulation: a program goes down a chunk of a sample's tokens, keeps whole rows and
 the chunk's sums over tokens in registers, and `_fold` adds the chunks up in order. How a sample is cut depends on its
-own shape only, so that a sample's result does not depend on its batch."""
+own shape only, so that a sample's result does not depend on its batch.
+
+Chunks are short, since a program waits for each of its tiles in turn: of 32 tokens, one row at a time, four samples
+were 32 programs for 132 multiprocessors, and took 53 us on an H200 where PyTorch's takes 20.
+"""
 
 import torch
 import triton
@@ -10,8 +14,9 @@ from torch import Tensor
 from .common import cdiv, grid, on_device, power_of_2, sample_index
 from .launch import remembered
 
-_TILE = 2048  # elements of x, and as many of grad, that a program keeps, or one row if that is longer
-_TOKENS = 32  # of a chunk, at least
+_TILE = 4096  # elements of x, and as many of grad, that a program keeps, or one row if that is longer
+_TOKENS = 4  # of a chunk, at least: its sums are then a third of what is read and written of it in 16 bits
+_CHUNKS = 128  # of a sample, at most
 
 
 @remembered
@@ -57,8 +62,8 @@ def _layer_norm_modulate_backward(
 
 @remembered
 @triton.jit(do_not_specialize=["batch", "chunks"])
-def _fold(partial, total, along_total, batch, chunks, channels, TILE: tl.constexpr):
-    """The two sums of partial [B, chunks, 2, C], in order."""
+def _fold(partial, total, along_total, batch, chunks, channels, CHUNKS: tl.constexpr, TILE: tl.constexpr):
+    """The two sums of partial [B, chunks, 2, C]: CHUNKS chunks at a time, in order."""
     sample = sample_index()
     if sample >= batch:
         return
@@ -66,10 +71,12 @@ def _fold(partial, total, along_total, batch, chunks, channels, TILE: tl.constex
     there = c < channels
     first = tl.zeros([TILE], tl.float32)
     second = tl.zeros([TILE], tl.float32)
-    for chunk in range(chunks):
-        row = partial + (sample * chunks + chunk) * 2 * channels + c
-        first += tl.load(row, there, other=0.0)
-        second += tl.load(row + channels, there, other=0.0)
+    for begin in range(0, chunks, CHUNKS):
+        chunk = begin + tl.arange(0, CHUNKS)[:, None]
+        row = partial + (sample * chunks + chunk) * 2 * channels + c[None, :]
+        mask = (chunk < chunks) & there[None, :]
+        first += tl.sum(tl.load(row, mask, other=0.0), axis=0)
+        second += tl.sum(tl.load(row + channels, mask, other=0.0), axis=0)
     tl.store(total + sample * channels + c, first, there)
     tl.store(along_total + sample * channels + c, second, there)
 
@@ -85,7 +92,7 @@ def layer_norm_modulate_backward(
         return grad_x, nothing, nothing.clone()
     columns = power_of_2(channels)
     rows = min(16, max(1, _TILE // columns))
-    steps = cdiv(_TOKENS, rows)
+    steps = cdiv(max(_TOKENS, cdiv(tokens, _CHUNKS)), rows)
     chunks = cdiv(tokens, rows * steps)
     partial = torch.empty(batch, chunks, 2, channels, device=x.device, dtype=torch.float32)
     sums = [torch.empty(batch, channels, device=x.device, dtype=torch.float32) for _ in range(2)]
@@ -93,9 +100,9 @@ def layer_norm_modulate_backward(
         # Not fused: g * factor - mean must be zero where it is its own mean, as in a row of one channel.
         _layer_norm_modulate_backward[grid(batch, chunks)](
             grad, x, scale, weight, grad_x, partial, eps, batch, tokens, steps, channels,
-            ROWS=rows, COLUMNS=columns, num_warps=min(32, max(4, columns // 512)), enable_fp_fusion=False,
+            ROWS=rows, COLUMNS=columns, num_warps=min(32, max(4, rows * columns // 512)), enable_fp_fusion=False,
         )  # fmt: skip
-        _fold[grid(batch, cdiv(channels, 512))](
-            partial, *sums, batch, chunks, channels, TILE=512, num_warps=4, enable_fp_fusion=True
+        _fold[grid(batch, cdiv(channels, 64))](
+            partial, *sums, batch, chunks, channels, CHUNKS=32, TILE=64, num_warps=4, enable_fp_fusion=True
         )
     return grad_x, sums[0], sums[1]

@@ -55,7 +55,8 @@ def _supports_triton(grad: Tensor, x: Tensor, *args: Any) -> bool | str:
 
 # Measured on an H200 in bfloat16, beside PyTorch's autograd of a layer norm and its modulation, for 32 x 256 x 384 and
 # 4 x 256 x 1152 numbers: launched call by call, as training does, 105 and 108 us where that takes 143 and 189; in a
-# graph 39 and 53 where that takes 33 and 20. It is first for the former.
+# graph 39 and 53 where that takes 33 and 20. It is first for the former. That was in chunks of 32 tokens; the shorter
+# ones that the kernel has now have not run on a GPU.
 @layer_norm_modulate_backward.backend("triton", devices=("cuda",), supports=_supports_triton)
 def _(
     grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, eps: float
