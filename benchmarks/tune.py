@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffkern.backend import use_backend
 from diffkern.bench import children, gpu, record
+from diffkern.bench.plain import PLAIN
 from diffkern.op import OPS, Sample
 from diffkern.ops import conv2d, conv2d_moments, group_norm_silu
 from diffkern.ops.conv2d import compose
@@ -55,13 +56,14 @@ def samples(name: str, device: str) -> dict[str, Sample]:
 
 
 def plan(name: str, arch: int) -> dict[str, tuple[str, list[configs.Shape]]]:
-    """For every entry of an op's table: the sample that it is timed on, and the shapes to try."""
+    """For every entry of an op's table of which there is a choice: the sample that it is timed on, and the shapes."""
     tuning = importlib.import_module(f"diffkern.kernels.{name}").tuning
     found: dict[str, tuple[str, list[configs.Shape]]] = {}
     for sample in samples(name, "cpu").values():
         with FakeTensorMode():
             key, shapes = tuning(*OPS[name].bind(*sample.args()), arch)
-        found.setdefault(key, (sample.name, shapes))
+        if len(shapes) > 1:
+            found.setdefault(key, (sample.name, shapes))
     return found
 
 
@@ -95,10 +97,10 @@ def backend_of(shape: configs.Shape) -> str:
 
 
 def timed_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What is timed of an op, and PyTorch's own."""
+    """What is timed of an op, and PyTorch's own: a backend, or what one would write."""
     if name in CHAINS:
         return CHAINS[name]
-    return OPS[name].overload, next(b for b in OPS[name].backends if b.name == "torch")
+    return OPS[name].overload, next((b for b in OPS[name].backends if b.name == "torch"), PLAIN[name])
 
 
 class Child:
@@ -249,7 +251,7 @@ def best(answer: dict[str, Any], shapes: list[configs.Shape]) -> tuple[str, dict
     entry: dict[str, Any] = {"shape": shape, "us": us, "torch_us": float(f"{own:.4g}")}
     if "cuda" in fastest:
         us, shape = fastest["cuda"]
-        entry |= {"cuda_us": us, "cuda_queries": shape[configs.CUDA]}
+        entry |= {"cuda_us": us, "cuda_block": shape[configs.CUDA]}
     return line, entry
 
 

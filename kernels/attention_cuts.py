@@ -156,4 +156,4 @@ def cuda_block(q: Tensor, keys: int) -> int:
     if shape is not None:
         return shape[configs.CUDA]
     found = _found(call, configs.architecture(q.device))
-    return found.cuda_queries if found is not None and found.cuda_queries else cuda_blocks(*call)[0]
+    return found.cuda_block if found is not None and found.cuda_block else cuda_blocks(*call)[0]

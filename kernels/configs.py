@@ -30,13 +30,13 @@ CUDA = "CUDA"
 
 class Tuned(NamedTuple):
     """An entry: the fastest shape, and the microseconds that it and PyTorch's own took where it was measured. Where the
-    op has a kernel in CUDA too: those of its fastest block, and how many queries that has."""
+    op has a kernel in CUDA too: those of its fastest block, and which that is."""
 
     shape: Shape
     us: float
     torch_us: float
     cuda_us: float = math.inf
-    cuda_queries: int = 0
+    cuda_block: int | None = None
 
 
 _trial: contextvars.ContextVar[Callable[[str, str], Shape | None] | None] = contextvars.ContextVar(

@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import on_device, power_of_2, shifted_moments
+from .group_norm_blocks import tuning
 from .group_norm_cuts import at_once, in_two
 from .group_norm_moments import pool
 from .launch import remembered
+
+__all__ = ["group_norm_silu", "tuning"]
 
 
 @triton.jit

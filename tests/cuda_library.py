@@ -4,9 +4,11 @@ them on CPU tensors (cuda_on_cpu/cuda_runtime.h)."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -30,13 +32,13 @@ def recipe() -> toolchain.Recipe:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path) -> Iterator[None]:
-    """While it lasts, the `cuda` backend runs: on the CPU, built once in the folder, if there is no GPU. Skips the test
-    where it cannot."""
+def loaded(folder: Path) -> Iterator[Path | None]:
+    """While it lasts, the `cuda` backend runs: on the CPU, by the library that is given, built once in the folder, if
+    there is no GPU. Skips the test where it cannot."""
     if torch.cuda.is_available():
         if (reason := availability("cuda")) is not None:
             pytest.skip(reason)
-        yield
+        yield None
         return
     library = folder / "diffkern_cuda_on_cpu.so"
     with FileLock(library.with_suffix(".lock")):
@@ -54,6 +56,17 @@ def loaded(folder: Path) -> Iterator[None]:
             for name in NAMES:
                 here = [dataclasses.replace(b, devices=("cpu",)) if b.name == "cuda" else b for b in OPS[name].backends]
                 patch.setattr(OPS[name], "backends", here)
-            yield
+            yield library
     finally:
         availability.cache_clear()
+
+
+class Launched(ctypes.Structure):
+    """How many kernels were launched on the CPU, and of the last one the clusters, their blocks, and a block's
+    threads."""
+
+    _fields_: ClassVar = [(name, ctypes.c_uint) for name in ("kernels", "clusters", "blocks", "threads")]
+
+
+def launched(library: Path) -> Launched:
+    return Launched.in_dll(ctypes.CDLL(str(library)), "cuda_on_cpu_launched")

@@ -10,9 +10,13 @@ from __future__ import annotations
 import argparse
 
 import torch
+from diffkern.kernels import configs
 
 from diffkern.available import availability
 from diffkern.op import OPS
+
+# Beside what is chosen: those forms of a kernel that only a table chooses.
+FORMS = {("group_norm_silu", "cuda"): [{configs.CUDA: block} for block in (1, 16)]}
 
 
 def main() -> None:
@@ -33,8 +37,11 @@ def main() -> None:
                 if sample.workload:
                     continue
                 args = OPS[name].bind(*sample.args())
-                if backend.why_not(args) is None:
-                    backend(*args)
+                if backend.why_not(args) is not None:
+                    continue
+                for shape in (None, *FORMS.get((name, options.backend), ())):
+                    with configs.trying(lambda kernel, key, shape=shape: shape):
+                        backend(*args)
                     calls += 1
             if options.device == "cuda":
                 torch.cuda.synchronize()

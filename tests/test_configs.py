@@ -73,9 +73,9 @@ def test_attention_is_left_to_pytorch_unless_it_was_measured_as_faster(times, ch
 @pytest.mark.parametrize(
     ("us", "torch_us", "cuda", "chosen"),
     [
-        (9.0, 10.0, {"cuda_us": 8.9, "cuda_queries": 64}, True),
-        (9.0, 10.0, {"cuda_us": 9.0, "cuda_queries": 128}, False),
-        (9.0, 7.0, {"cuda_us": 8.0, "cuda_queries": 64}, False),
+        (9.0, 10.0, {"cuda_us": 8.9, "cuda_block": 64}, True),
+        (9.0, 10.0, {"cuda_us": 9.0, "cuda_block": 128}, False),
+        (9.0, 7.0, {"cuda_us": 8.0, "cuda_block": 64}, False),
         (9.0, 10.0, {}, False),
         (None, None, {}, False),
     ],
@@ -92,7 +92,7 @@ def test_attention_in_cuda_is_chosen_only_where_it_was_measured_as_fastest(us, t
     try:
         assert (cuda_kernel.why_defer((q, k, v, None, None)) is None) is chosen
         assert cuda_kernel.why_defer((q[:, :10], k, v, None, None)) is not None, "another length"
-        assert kernels.cuda_block(q, 77) == cuda.get("cuda_queries", 64), "measured, or the default"
+        assert kernels.cuda_block(q, 77) == cuda.get("cuda_block", 64), "measured, or the default"
         with configs.trying(lambda kernel, key: {configs.CUDA: 96}):
             assert kernels.cuda_block(q, 77) == 96, "on trial"
     finally:
@@ -145,7 +145,7 @@ def test_every_table_is_whole(path):
     for key, entry in table["kernels"].get("attention", {}).items():
         found = configs.Tuned(**entry)
         assert found.us > 0 < found.torch_us
-        assert (found.cuda_queries in (64, 128)) is (found.cuda_us < math.inf)
+        assert (found.cuda_block in (64, 128)) is (found.cuda_us < math.inf)
         if not found.shape:  # a library's
             continue
         cut = Cut(**found.shape)

@@ -25,6 +25,7 @@ TENSOR_CORES = {"attention": 255}  # registers: products wait for the tensor cor
 NO_TENSOR_READ = {"randn", "pool_moments"}
 NO_TENSOR_WRITTEN = {"group_moments", "pool_moments"}
 # Instructions of a turn of the loop, over the eight normals that a thread makes in it: torch's noise alone takes 129.
+READS_AFTER = 180  # instructions, a group norm
 PER_PRODUCT = 10  # instructions of the loop for a product of tiles, the softmax of its scores among them
 PER_NORMAL = {"randn<Half, true>": 21, "randn<BFloat16, true>": 21, "randn<float, true>": 21}
 
@@ -172,6 +173,27 @@ def test_products_are_those_of_the_tensor_cores(compiled):
 
     assert not failures(compiled, wrong)
     assert {k["title"].split("<")[0] for k in compiled} >= TENSOR_CORES.keys()
+
+
+def test_blocks_of_a_cluster_send_without_a_fence(compiled):
+    """Which would wait for all that the block has asked of memory."""
+    kernels = [k for k in compiled if k["title"].startswith("one_pass") and k["arch"] == "sm_90a"]
+    assert len(kernels) == 9
+    for k in kernels:
+        assert any(op.startswith("STAS") for op in k["code"]), k["title"]
+        assert not any(op.startswith("MEMBAR") for op in k["code"]), k["title"]
+
+
+def test_a_group_norm_asks_for_its_input_before_it_reckons_anything_else(compiled):
+    """A division takes some 20 instructions that wait for each other: with six of them the first read was the 240th."""
+
+    def wrong(k: dict[str, Any]) -> str:
+        if not re.match(r"(one_pass|group_moments|normalise)<\w+, [48]\b", k["title"]):
+            return ""
+        first = next(i for i, op in enumerate(k["code"]) if op.startswith("LDG.E.128"))
+        return f"reads after {first} instructions" if first > READS_AFTER else ""
+
+    assert not failures(compiled, wrong)
 
 
 def test_a_normal_costs_few_instructions(compiled):

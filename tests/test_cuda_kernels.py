@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cuda_library
@@ -29,10 +30,10 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
     folder = tmp_path_factory.getbasetemp()
-    with cuda_library.loaded(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder):
-        yield
+    with cuda_library.loaded(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as path:
+        yield path
 
 
 def run(name: str, *args: object) -> tuple[Tensor, ...]:

@@ -74,7 +74,7 @@ def test_the_table_keeps_the_fastest_of_triton_and_of_cuda():
     """So that one serves where the other cannot be built."""
     answer = {"torch": 5.0, str(FAST): 3.0, str(SLOW): 4.0, str(IN_CUDA): 2.0, str({"CUDA": 64}): 2.5}
     line, entry = tune.best(answer, [FAST, SLOW, IN_CUDA, {"CUDA": 64}])
-    assert entry == {"shape": FAST, "us": 3.0, "torch_us": 5.0, "cuda_us": 2.0, "cuda_queries": 128}
+    assert entry == {"shape": FAST, "us": 3.0, "torch_us": 5.0, "cuda_us": 2.0, "cuda_block": 128}
     assert line.startswith("torch     5.00 us   2.50x   2.00 CUDA-128   2.50 CUDA-64   3.00 64-64")
     assert tune.best({"torch": 5.0, str(IN_CUDA): 2.0}, [IN_CUDA])[1] is None
 

@@ -1,5 +1,6 @@
 // group_norm_silu: see diffkern/ops/group_norm_silu.py. How a call is cut and launched; the cut is decided by the shape
 // of a sample alone.
+#include "group_norm_one_pass.cuh"
 #include "group_norm_silu.cuh"
 #include "parameters.h"
 
@@ -11,10 +12,26 @@ namespace diffkern {
 namespace {
 
 constexpr const char* kOp = "diffkern::group_norm_silu";
+constexpr int64_t kMostKept = 96;            // KB in the registers of a block: 512 threads, 12 vectors each
 constexpr int kWidestGroup = kGroupThreads;  // channels; diffkern/ops/group_norm_silu.py knows it too
 
-// The cut for numbers of `size` bytes, V at a time.
-GroupCut cut_for(const GroupNorm& p, int V, int size) {
+// Completes the cut into slabs and into runs of `length`, for blocks that take up to `rows` rows of V numbers at a time,
+// and for the moments of a group that will be there.
+void complete(const GroupNorm& p, int V, int64_t rows, bool given, GroupCut& cut) {
+  const int columns = cut.width / V;
+  cut.runs = static_cast<int>((p.pixels + cut.length - 1) / cut.length);
+  cut.moments = given ? 1 : cut.runs;
+  cut.full = static_cast<float>(cut.length * p.per_group);
+  cut.last = static_cast<float>((p.pixels - (cut.moments - 1) * cut.length) * p.per_group);
+  cut.threads = static_cast<int>(columns * rows + 31) / 32 * 32;
+  cut.rows = cut.threads / columns;
+  cut.by_columns = Divisor(columns);
+  cut.by_group = Divisor(p.per_group);
+  cut.by_groups = Divisor(cut.width / p.per_group);
+}
+
+// The cut of two kernels for numbers of `size` bytes, V at a time.
+GroupCut in_two(const GroupNorm& p, int V, int size, bool given) {
   constexpr int64_t kLeast = 8 << 10, kMost = 256;  // bytes of a run; runs, two for each SM of an H100
   GroupCut cut{};
   const int narrowest = std::lcm(V, p.per_group);
@@ -25,31 +42,79 @@ GroupCut cut_for(const GroupNorm& p, int V, int size) {
   const auto few = static_cast<int64_t>(std::sqrt(static_cast<double>(bytes) / (3 * sizeof(Mean) * cut.groups(p))));
   const int64_t runs = std::clamp<int64_t>(std::min(few, bytes / kLeast), 1, kMost);
   cut.length = (p.pixels + runs - 1) / runs;
-  cut.runs = cut.moments = static_cast<int>((p.pixels + cut.length - 1) / cut.length);
-  const int columns = cut.width / V;
-  cut.threads = (columns * static_cast<int>(std::min<int64_t>(kGroupThreads / columns, cut.length)) + 31) / 32 * 32;
+  complete(p, V, std::min<int64_t>(kGroupThreads / (cut.width / V), cut.length), given, cut);
   cut.parts = std::max(1, cut.threads / cut.groups(p));
-  cut.per_group = static_cast<uint32_t>(((uint64_t{1} << 32) + p.per_group - 1) / p.per_group);
+  cut.turns = (cut.moments + cut.parts - 1) / cut.parts;
   return cut;
+}
+
+// Vectors that each thread of one pass has, as few as will do, and the cut for it; 0 if no block has room for its run.
+int vectors_of(const GroupNorm& p, int V, GroupCut& cut) {
+  constexpr int kRoom = 96 << 10;  // bytes that a block can share on every GPU
+  for (const int vectors : {4, 8, 12}) {
+    const int64_t rows = (cut.length + vectors - 1) / vectors;
+    if (rows * (cut.width / V) <= one_pass_threads(vectors)) {
+      complete(p, V, rows, false, cut);
+      return one_pass_room(cut, cut.groups(p)) <= kRoom ? vectors : 0;
+    }
+  }
+  return 0;
+}
+
+// The cut of one pass by clusters of at most `most` blocks, each with about `block` bytes in its registers, and how many
+// vectors a thread has; 0 if that is not possible. The widest slabs that are small enough: those are read in long runs.
+std::pair<GroupCut, int> at_once(const GroupNorm& p, int V, int64_t block, int most) {
+  constexpr int64_t kVector = 16, kLeast = 64;  // bytes; kLeast: of a pixel, where slabs share it
+  const int units = p.channels / std::lcm(V, p.per_group);
+  std::pair<GroupCut, int> found{};
+  for (int slabs = 1; slabs <= units; ++slabs) {
+    const int64_t pixel = kVector * (p.channels / slabs / V);
+    if (units % slabs != 0 || (slabs > 1 && pixel < kLeast)) {
+      continue;
+    }
+    GroupCut cut{};
+    cut.width = p.channels / slabs, cut.slabs = slabs;
+    const int64_t runs = std::clamp<int64_t>((p.pixels * pixel + block - 1) / block, 1, most);
+    cut.length = (p.pixels + runs - 1) / runs;
+    if (const int vectors = vectors_of(p, V, cut); vectors > 0) {
+      found = {cut, vectors};
+      if (cut.length * pixel <= block) {
+        break;
+      }
+    }
+  }
+  return found;
+}
+
+dim3 grid_of(const Tensor& x, const GroupCut& cut) {
+  check(x.size(0) <= INT32_MAX && cut.slabs <= 65535, kOp, ": the batch, or the number of channels, is too large");
+  return dim3(static_cast<unsigned>(x.size(0)), cut.runs, cut.slabs);
+}
+
+template <class T, int V>
+void run_at_once(const Launch& launch, const Tensor& x, const GroupNorm& p, const GroupCut& cut, int vectors) {
+  const auto with = [&](auto kernel) {
+    launch.in_clusters(dim3(1, cut.runs), kernel, grid_of(x, cut), cut.threads, one_pass_room(cut, cut.groups(p)), p,
+                       cut);
+  };
+  vectors == 4 ? with(one_pass<T, V, 4>) : vectors == 8 ? with(one_pass<T, V, 8>) : with(one_pass<T, V, 12>);
 }
 
 template <class T, int V>
 void run(const Launch& launch, const Tensor& x, const GroupNorm& p, const GivenMoments& given) {
-  GroupCut cut = cut_for(p, V, sizeof(T));
-  const int groups = cut.groups(p), rows = cut.threads / (cut.width / V);
-  const int64_t units = x.size(0) * cut.slabs, blocks = units * cut.runs;
-  const int64_t pooling = x.size(0) * (p.channels / p.per_group);
-  check(blocks <= INT32_MAX && pooling <= INT32_MAX, kOp, ": the batch is too large");
-  const dim3 grid(static_cast<unsigned>(blocks));
-  cut.moments = given.x ? 1 : cut.runs;
-  const Tensor room = empty_on(x, {units * cut.moments * groups * 2}, ScalarType::Float);
+  const GroupCut cut = in_two(p, V, sizeof(T), given.x != nullptr);
+  const int groups = cut.groups(p);
+  const Tensor room = empty_on(x, {x.size(0) * cut.slabs * cut.moments * groups * 2}, ScalarType::Float);
   Mean* partial = static_cast<Mean*>(room.mutable_data_ptr());
+  const dim3 grid = grid_of(x, cut);
   constexpr int kFloat = sizeof(float);
   if (given.x) {
+    const int64_t pooling = x.size(0) * (p.channels / p.per_group);
+    check(pooling <= INT32_MAX, kOp, ": the batch is too large");
     const dim3 each(static_cast<unsigned>(pooling));
     launch(pool_moments<T>, each, kPoolThreads, kPoolThreads / 32 * sizeof(Mean), p, cut, given, partial);
   } else {
-    launch(group_moments<T, V>, grid, cut.threads, kFloat * moments_room(rows, cut.width), p, cut, partial);
+    launch(group_moments<T, V>, grid, cut.threads, kFloat * SharedRows::floats(cut), p, cut, partial);
   }
   launch.after(normalise<T, V>, grid, cut.threads, kFloat * pooling_room(cut.parts, groups), p, cut, partial);
 }
@@ -80,7 +145,7 @@ GivenMoments given_moments(const Tensor& x, const MaybeTensor& skip, int64_t pix
 Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const MaybeTensor& weight, const MaybeTensor& bias,
                        double eps, bool silu, const MaybeTensor& add, const MaybeTensor& scale,
                        const MaybeTensor& shift, const MaybeTensor& skip, const MaybeTensor& moments,
-                       const MaybeTensor& skip_moments) {
+                       const MaybeTensor& skip_moments, int64_t block) {
   check(x.dim() >= 2, kOp, ": x must be [B, C, ...], got ", shape_of(x));
   const int64_t batch = x.size(0), own = x.size(1), more = skip ? skip->size(1) : 0, channels = own + more;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -94,6 +159,8 @@ Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const MaybeTensor& w
         ", allowed are the divisors of the ", channels, " channels");
   check(channels / num_groups <= kWidestGroup, kOp, ": takes at most ", kWidestGroup, " channels a group");
   check((scale.has_value() == shift.has_value()), kOp, ": give scale and shift together or neither");
+  check(block >= 0 && block <= kMostKept, kOp, ": a block keeps 1 to ", kMostKept,
+        " KB, or 0 to read its input twice, got ", block);
   check(is_channels_last(x), kOp, ": x must be channels_last");
   const int64_t pixels = std::accumulate(shape.begin() + 2, shape.end(), int64_t{1}, std::multiplies<>());
   const GivenMoments given = given_moments(x, skip, pixels, moments, skip_moments);
@@ -124,7 +191,16 @@ Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const MaybeTensor& w
   with_dtype(kOp, dtype, [&]<class T>(T*) {
     constexpr int V = kWide<T>;
     const bool whole = own % V == 0 && channels % V == 0 && std::lcm(V, p.per_group) <= kWidestGroup;
-    (is_aligned && whole ? run<T, V> : run<T, 1>)(launch, x, p, given);
+    if (!is_aligned || !whole) {
+      return run<T, 1>(launch, x, p, given);
+    }
+    if (block > 0 && !given.x) {
+      const auto [cut, vectors] = at_once(p, V, block << 10, launch.since_hopper() ? kMostOfCluster : 1);
+      if (vectors > 0) {
+        return run_at_once<T, V>(launch, x, p, cut, vectors);
+      }
+    }
+    run<T, V>(launch, x, p, given);
   });
   return y;
 }
@@ -134,7 +210,7 @@ Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const MaybeTensor& w
 STABLE_TORCH_LIBRARY_FRAGMENT(diffkern_CUDA, m) {
   m.def(
       "group_norm_silu(Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? add, "
-      "Tensor? scale, Tensor? shift, Tensor? skip, Tensor? moments, Tensor? skip_moments) -> Tensor");
+      "Tensor? scale, Tensor? shift, Tensor? skip, Tensor? moments, Tensor? skip_moments, SymInt block) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffkern_CUDA, DIFFKERN_KEY, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu)); }

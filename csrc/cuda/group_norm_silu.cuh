@@ -8,24 +8,17 @@
 
 namespace diffkern {
 
-// Floats that the blocks share, for so many rows of threads, or parts that moments are pooled into.
-inline int moments_room(int rows, int width) { return (2 * rows + 1) * width + rows; }
+// Floats that the blocks share, for so many parts that moments are pooled into.
 inline int pooling_room(int parts, int groups) { return 2 * parts * groups; }
 
 // partial: [B, slabs, runs, groups of a slab].
 template <class T, int V>
-__global__ void __launch_bounds__(kGroupThreads, 2) group_moments(GroupNorm p, GroupCut cut, Mean* partial) {
+__global__ void __launch_bounds__(kGroupThreads, 3) group_moments(GroupNorm p, GroupCut cut, Mean* partial) {
   let_next_begin();
-  const Place<T, V> here(p, cut, blockIdx.x);
-  const int groups = cut.groups(p), rows = here.rows, stride = cut.width;
+  const Place<T, V> here(p, cut, blockIdx.x, blockIdx.y, blockIdx.z);
   Numbers<T, V> raw[kInFlight];
   int64_t at = here.begin + here.row;
   int count = here.read(p, raw, at);
-  float *added = dynamic_shared(), *means = added + stride, *all_squares = means + rows * stride;
-  float* ns = all_squares + rows * stride;
-  for (int c = threadIdx.x; c < here.width; c += blockDim.x) {
-    added[c] = p.add.data ? p.add.at<T>(here.sample * p.channels + here.first + c) : 0.0f;
-  }
 
   float from[V], sum[V], squares[V], n = 0;
 #pragma unroll
@@ -45,45 +38,25 @@ __global__ void __launch_bounds__(kGroupThreads, 2) group_moments(GroupNorm p, G
       }
     }
     n += static_cast<float>(count);
-    at += kInFlight * rows;
+    at += kInFlight * here.rows;
     count = here.read(p, raw, at);
   }
 
-  if (here.row < rows) {
-    const float share = 1.0f / (n > 0 ? n : 1.0f);
+  const float share = 1.0f / (n > 0 ? n : 1.0f);
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const float d = sum[k] * share;
-      squares[k] = squares[k] < sum[k] * d ? 0.0f : squares[k] - sum[k] * d;  // NaN stays
-      sum[k] = from[k] + d;
-    }
-    const int mine = here.row * stride + here.column * V;
-    share_numbers(sum, means + mine);
-    share_numbers(squares, all_squares + mine);
-    if (here.column == 0) {
-      ns[here.row] = n;
-    }
+  for (int k = 0; k < V; ++k) {
+    const float d = sum[k] * share;
+    squares[k] = squares[k] < sum[k] * d ? 0.0f : squares[k] - sum[k] * d;  // NaN stays
+    sum[k] = from[k] + d;
   }
+  const SharedRows shared(dynamic_shared(), cut);
+  shared.share(p, here, n, sum, squares);
   __syncthreads();
-  const float in_run = static_cast<float>((here.end - here.begin) * p.per_group);
-  const int lane = threadIdx.x % 32;
-  const int entries = p.per_group * (here.end - here.begin < rows ? static_cast<int>(here.end - here.begin) : rows);
-  for (int g = threadIdx.x / 32; g < here.width / p.per_group; g += blockDim.x / 32) {
-    const int first = g * p.per_group;
-    const auto entry = [&](int e) {
-      const int row = cut.group_of(e), c = first + e - row * p.per_group, i = row * stride + c;
-      return Moments{ns[row], {means[i] + added[c], all_squares[i]}};
-    };
-    // From the mean of the first 32, not of one, which may be far out.
-    Pool pool(warp_sum(lane < entries ? entry(lane).of.mean : 0) / static_cast<float>(entries < 32 ? entries : 32));
-#pragma unroll 4
-    for (int e = lane; e < entries; e += 32) {
-      const Moments m = entry(e);
-      pool.add(m.n, m.of);
-    }
-    pool.sum = warp_sum(pool.sum), pool.squares = warp_sum(pool.squares);
-    if (lane == 0) {
-      partial[static_cast<int64_t>(blockIdx.x) * groups + g] = pool.of(in_run);
+  Mean* of_block = partial + here.index(cut) * cut.groups(p);
+  for (int g = threadIdx.x / 32; g < cut.by_group(here.width); g += blockDim.x / 32) {
+    const Mean of_run = shared.pooled(p, cut, g, static_cast<int>(here.end - here.begin));
+    if (threadIdx.x % 32 == 0) {
+      of_block[g] = of_run;
     }
   }
 }
@@ -140,61 +113,29 @@ __global__ void __launch_bounds__(kPoolThreads) pool_moments(GroupNorm p, GroupC
   }
 }
 
-// silu((x + centre) * gain + offset), by channel.
 template <class T, int V>
 __global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, GroupCut cut, const Mean* partial) {
   // Backwards: what `group_moments` read last is still in the cache.
-  const Place<T, V> here(p, cut, gridDim.x - 1 - blockIdx.x);
+  const Place<T, V> here(p, cut, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, gridDim.z - 1 - blockIdx.z);
   const int groups = cut.groups(p), rows = here.rows, parts = cut.parts;
   Numbers<T, V> raw[kInFlight];
   int64_t at = here.begin + here.row;
   int count = here.read(p, raw, at);  // on its way, as the parameters are, while moments are pooled
-  float centre[V], gain[V], offset[V];
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    centre[k] = 0, gain[k] = 1, offset[k] = 0;
-  }
-  if (here.row < rows) {
-    const int c = here.channel();
-    const int64_t of_sample = here.sample * p.channels + c;
-    if (p.add.data) {
-      p.add.read<T>(of_sample, centre);
-    }
-    if (p.weight.data) {
-      p.weight.read<T>(c, gain);
-    }
-    if (p.bias.data) {
-      p.bias.read<T>(c, offset);
-    }
-    if (p.scale.data) {
-      float more[V];
-      p.scale.read<T>(of_sample, more);
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        gain[k] *= 1 + more[k];
-        offset[k] *= 1 + more[k];
-      }
-      p.shift.read<T>(of_sample, more);
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        offset[k] += more[k];
-      }
-    }
-  }
+  Affine<T, V> affine(p, here);
 
   wait_for_last();
   Mean* pooled = reinterpret_cast<Mean*>(dynamic_shared());  // [parts, groups]: sums first, then moments in the first
-  const Mean* of_slab = partial + static_cast<int64_t>(here.unit) * cut.moments * groups;
-  const float full = static_cast<float>(cut.length * p.per_group);
-  const float last = static_cast<float>((p.pixels - (cut.moments - 1) * cut.length) * p.per_group);
-  const int there = here.width / p.per_group;
+  const Mean* of_slab = partial + (here.sample * cut.slabs + here.slab) * cut.moments * groups;
+  const int there = cut.by_group(here.width);
   for (int e = threadIdx.x; e < parts * groups; e += blockDim.x) {
-    const int part = e / groups, g = e - part * groups;
+    const int part = cut.by_groups(e), g = e - part * groups;
     if (g < there) {
       Pool pool(of_slab[g].mean);
 #pragma unroll 4
-      for (int run = part; run < cut.moments; run += parts) {
-        pool.add(run + 1 < cut.moments ? full : last, of_slab[run * groups + g]);
+      for (int turn = 0; turn < cut.turns; ++turn) {
+        if (const int run = part + turn * parts; run < cut.moments) {
+          pool.add(numbers_of(cut, run), of_slab[run * groups + g]);
+        }
       }
       pooled[e] = {pool.sum, pool.squares};
     }
@@ -207,19 +148,12 @@ __global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, Group
       pool.sum += pooled[part * groups + g].mean;
       pool.squares += pooled[part * groups + g].squares;
     }
-    const float n = full * static_cast<float>(cut.moments - 1) + last;
+    const float n = cut.full * static_cast<float>(cut.moments - 1) + cut.last;
     const Mean m = pool.of(n);
     pooled[g] = {m.mean, approx_reciprocal_sqrt(m.squares / n + p.eps)};
   }
   __syncthreads();
-  if (here.row < rows) {
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const Mean& of_group = pooled[cut.group_of(here.column * V + k)];
-      centre[k] -= of_group.mean;
-      gain[k] *= of_group.squares;
-    }
-  }
+  affine.standardise(cut, here, pooled);
 
   T* out = static_cast<T*>(p.y) + (here.sample * p.pixels + at) * p.channels + here.channel();
   const int64_t step = int64_t{rows} * p.channels;
@@ -227,17 +161,7 @@ __global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, Group
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       if (i < count) {
-#pragma unroll
-        for (int k = 0; k < V; k += 2) {
-          constexpr int kStep = V < 2 ? 1 : 2;
-          float y[kStep];
-#pragma unroll
-          for (int j = 0; j < kStep; ++j) {
-            y[j] = (raw[i][k + j] + centre[k + j]) * gain[k + j] + offset[k + j];
-            y[j] = p.silu ? silu(y[j]) : y[j];
-          }
-          raw[i].set(k, y);
-        }
+        affine.apply(raw[i], p.silu);
         raw[i].write(out + i * step);
       }
     }

@@ -41,42 +41,36 @@ class Launch {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                   Arguments... arguments) const {
-    start(false, kernel, grid, threads, shared_bytes, arguments...);
+    start({}, kernel, grid, threads, shared_bytes, arguments...);
   }
 
   // The same, but it may begin before the kernel that was launched last, by this object, has ended: see chained.cuh.
   template <class... Parameters, class... Arguments>
   void after(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, Arguments... arguments) const {
-    start(can_chain(), kernel, grid, threads, shared_bytes, arguments...);
+    Attribute early;
+    if (since_hopper()) {
+      early.emplace().id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early->val.programmaticStreamSerializationAllowed = 1;
+    }
+    start(early, kernel, grid, threads, shared_bytes, arguments...);
   }
 
- private:
+  // The same in clusters of these blocks: see cluster.cuh. Every device runs those of one.
   template <class... Parameters, class... Arguments>
-  void start(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
-             Arguments... arguments) const {
-    constexpr int kUnasked = 48 << 10;  // bytes that every kernel can have
-    cudaError_t error = cudaSuccess;
-    if (shared_bytes > kUnasked) {  // at every launch: each device must be asked
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  void in_clusters(dim3 blocks, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                   Arguments... arguments) const {
+    Attribute cluster;
+    if (blocks.x * blocks.y * blocks.z > 1) {
+      cluster.emplace().id = cudaLaunchAttributeClusterDimension;
+      cluster->val.clusterDim.x = blocks.x;
+      cluster->val.clusterDim.y = blocks.y;
+      cluster->val.clusterDim.z = blocks.z;
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.attrs = &attribute;
-    config.numAttrs = early;
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream_;
-    if (error == cudaSuccess) {
-      error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-    }
-    check(error == cudaSuccess, op_, ": the launch failed: ", cudaGetErrorString(error));
+    start(cluster, kernel, grid, threads, shared_bytes, arguments...);
   }
 
-  // Whether the device can do that, and this library was compiled for one that can.
-  bool can_chain() const {
+  // Whether the device has what came with Hopper, and this library was compiled for one that has.
+  bool since_hopper() const {
 #ifdef __CUDA_ARCH_LIST__
     constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
     if (*std::max_element(std::begin(kArchitectures), std::end(kArchitectures)) < 900) {
@@ -85,6 +79,30 @@ class Launch {
 #endif
     int major = 0;
     return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_) == cudaSuccess && major >= 9;
+  }
+
+ private:
+  using Attribute = std::optional<cudaLaunchAttribute>;
+
+  template <class... Parameters, class... Arguments>
+  void start(Attribute attribute, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+             Arguments... arguments) const {
+    constexpr int kUnasked = 48 << 10;  // bytes that every kernel can have
+    cudaError_t error = cudaSuccess;
+    if (shared_bytes > kUnasked) {  // at every launch: each device must be asked
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    }
+    cudaLaunchConfig_t config{};
+    config.attrs = attribute ? &*attribute : nullptr;
+    config.numAttrs = attribute.has_value();
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    if (error == cudaSuccess) {
+      error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    }
+    check(error == cudaSuccess, op_, ": the launch failed: ", cudaGetErrorString(error));
   }
 
   using CurrentStream = AOTITorchError (*)(int32_t, void**);

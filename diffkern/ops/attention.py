@@ -120,7 +120,7 @@ def _defers_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Ten
     from diffkern.kernels.attention_cuts import measured
 
     found = measured(q, k.shape[1], mask)
-    if found is None or not found.cuda_queries:
+    if found is None or found.cuda_block is None:
         return "it was not timed on such a GPU with such a call"
     if found.cuda_us < min(found.us, found.torch_us):
         return None

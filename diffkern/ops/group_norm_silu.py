@@ -107,15 +107,24 @@ def _supports_cuda(x: Tensor, num_groups: int, *rest: Any) -> bool | str:
     return supports(x, num_groups, *rest)
 
 
-def _defers_cuda(x: Tensor, *_: Any) -> str | None:
-    """On an H200 at 8 x 8 pixels of 1280 channels the two CUDA kernels took 7.8 us and Triton's one 4.5 us; from
-    32 x 32 pixels on they are 1.3 to 1.6 times as fast as Triton's two."""
-    return "Triton reads a small picture once" if x.shape[2:].numel() <= 64 else None
+def _defers_cuda(x: Tensor, num_groups: int, *rest: Any) -> str | None:
+    """By the table of the architecture; without an entry, on an H200 at 8 x 8 pixels of 1280 channels the two CUDA
+    kernels took 7.8 us and Triton's one 4.5 us, and from 32 x 32 pixels on they are 1.3 to 1.6 times as fast as
+    Triton's two."""
+    from diffkern.kernels.group_norm_blocks import measured
+
+    found = measured(x, num_groups, rest[_SKIP])
+    if found is None or found.cuda_block is None:
+        return "Triton reads a small picture once" if x.shape[2:].numel() <= 64 else None
+    return None if found.cuda_us < found.us else f"Triton took {found.us:g} us where this took {found.cuda_us:g}"
 
 
 @group_norm_silu.backend("cuda", devices=("cuda",), supports=_supports_cuda, defers=_defers_cuda)
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return torch.ops.diffkern_CUDA.group_norm_silu(x, *rest)
+def _(x: Tensor, num_groups: int, *rest: Any) -> Tensor:
+    from diffkern.kernels.group_norm_blocks import cuda_block
+
+    block = cuda_block(x, num_groups, rest[_SKIP])
+    return torch.ops.diffkern_CUDA.group_norm_silu(x, num_groups, *rest, block)
 
 
 @group_norm_silu.backend("triton", devices=("cuda",), supports=supports)

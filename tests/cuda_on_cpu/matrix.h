@@ -15,7 +15,7 @@ inline Shared shared_of(const void* pointer) { return const_cast<char*>(static_c
 
 inline void check_wide(const void* shared) {
   const char* at = static_cast<const char*>(shared);
-  if (at < block.shared || at + 16 > block.shared + kMaxShared || (at - block.shared) % 16 != 0) {
+  if (at < block.shared() || at + 16 > block.shared() + kMaxShared || (at - block.shared()) % 16 != 0) {
     fail("16 bytes of shared memory that do not lie in it, or not on 16 bytes");
   }
 }
