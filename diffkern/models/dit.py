@@ -135,11 +135,6 @@ class _Conditioning(nn.Module):
         self.timestep_embedder = TimestepEmbedding(SINUSOIDS, dim)
         self.class_embedder = _LabelEmbedding(classes, dim)
 
-    def forward(self, hidden: Tensor, class_labels: Tensor) -> Tensor:
-        """hidden: [B, dim], what the embedder's first layer and SiLU make of the sinusoids."""
-        time = self.timestep_embedder.linear_2(hidden)
-        return F.silu(time + self.class_embedder.embedding_table(class_labels))
-
 
 class _AdaLayerNormZero(nn.Module):
     def __init__(self, classes: int, dim: int) -> None:
@@ -203,7 +198,10 @@ class DiT(nn.Module):
         bias = joined([layer.bias for layer in first])
         hidden = F.silu(project_side_by_side(sinusoids, [layer.weight for layer in first], bias))
         each = hidden.chunk(len(norms), dim=1)
-        vectors = [norm.emb(h, class_labels) for norm, h in zip(norms, each, strict=True)]
+        times = [norm.emb.timestep_embedder.linear_2(h) for norm, h in zip(norms, each, strict=True)]
+        labels = [norm.emb.class_embedder.embedding_table(class_labels) for norm in norms]
+        # Of all blocks at once: a kernel each for a few rows takes its launch, not its work.
+        vectors = F.silu(torch.stack(times) + torch.stack(labels)).unbind()
         rows = [project(norm.linear, v) for norm, v in zip(norms, vectors, strict=True)]
         rows.append(self.proj_out_1(vectors[0]))
         return torch.cat([row.unflatten(1, (-1, self.config.width)).transpose(0, 1) for row in rows])
