@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from diffkern.models.blocks import (
@@ -19,8 +20,18 @@ from diffkern.models.blocks import (
     project,
     tokens_of,
 )
+from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 
 EPS = 1e-6  # of the norm in front, whatever the network's
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The norm of tokens [B, T, C]. On a GPU by the op, which takes half of the time of PyTorch's own: 8.9 us for 18.2 on
+    an H200, of 2 x 4096 x 640 numbers in bfloat16, in graphs. On a CPU with AVX-512 PyTorch's takes 0.7 to 0.9 times as
+    long in float32 as the op, which also modulates, and 0.7 to 1.3 times in bfloat16."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return layer_norm_modulate(x, None, None, norm.weight, norm.bias, norm.eps)
+    return norm(x)
 
 
 class TransformerBlock(nn.Module):
@@ -35,11 +46,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, prompt: Context) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        # PyTorch's own LayerNorm: on a CPU with AVX-512 it takes 0.7 to 0.9 times as long in float32 as the op, which
-        # also modulates, and 0.7 to 1.3 times in bfloat16. The norms are 1 % of a call of SD 1.5.
-        x = self.attn1(self.norm1(x), residual=x)
-        x = self.attn2(self.norm2(x), prompt, residual=x)
-        return self.ff(self.norm3(x), residual=x)
+        x = self.attn1(layer_norm(self.norm1, x), residual=x)
+        x = self.attn2(layer_norm(self.norm2, x), prompt, residual=x)
+        return self.ff(layer_norm(self.norm3, x), residual=x)
 
 
 class SpatialTransformer(nn.Module):

@@ -20,6 +20,7 @@ from diffkern.integrations.modules.base import (
 )
 from diffkern.integrations.modules.tokens import feed_forward
 from diffkern.models.blocks import pixels_of, tokens_of
+from diffkern.models.transformer import layer_norm
 from diffkern.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 
@@ -27,6 +28,11 @@ from diffkern.ops.layer_norm_modulate import layer_norm_modulate
 def is_plain_layer_norm(norm: Any, x: Tensor) -> bool:
     """Whether a norm is a LayerNorm over the last axis of x, and no more."""
     return is_plain(norm, nn.LayerNorm) and takes(norm.weight, x) and len(norm.normalized_shape) == 1
+
+
+def token_norm(norm: Any, x: Tensor) -> Tensor:
+    """norm(x), by `layer_norm` if it is a plain LayerNorm."""
+    return layer_norm(norm, x) if is_plain_layer_norm(norm, x) else norm(x)
 
 
 def norm_modulate(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ class BasicTransformerBlock(Accelerated):
         scale2: Any = None
         gate2: Any = None
         if self.norm_type == "layer_norm":
-            y = self.norm1(x)
+            y = token_norm(self.norm1, x)
         elif self.norm_type == "ada_norm_zero":
             y, gate, shift2, scale2, gate2 = self.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
         else:
@@ -106,9 +112,9 @@ class BasicTransformerBlock(Accelerated):
         else:
             x = attend(self.attn1, y, own, attention_mask, residual=x, gate=gate)
             if self.attn2 is not None:
-                y = x if self.norm_type == "ada_norm_single" else self.norm2(x)
+                y = x if self.norm_type == "ada_norm_single" else token_norm(self.norm2, x)
                 x = attend(self.attn2, y, encoder_hidden_states, encoder_attention_mask, residual=x)
-            y = norm(x) if shift2 is None else norm_modulate(norm, x, shift2, scale2)
+            y = token_norm(norm, x) if shift2 is None else norm_modulate(norm, x, shift2, scale2)
         return feed_forward(self.ff, y, residual=x, gate=gate2)
 
 
