@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import configs
 from .common import cdiv, on_device, power_of_2
 from .conv2d_cuts import CUTS, Cut, gives_moments, size_of, tile_of, why_not
+from .conv2d_moments import cut_with_moments
 from .epilogue import epilogue, silu, vector
 from .launch import remembered
 from .linear import linear
@@ -202,6 +203,8 @@ def conv2d(
     call = _call(x, weight, upsample)
     shape = configs.on_trial("conv2d", lambda: facts(*call))
     shape = _found(call, configs.architecture(x.device)) if shape is None else shape
+    if moments is not None:
+        shape = cut_with_moments(x, len(weight), stride, upsample) or shape
     cut = None if not shape or why_not(x, weight, stride, sides, upsample) else Cut(**shape)
     if cut and moments is not None and not gives_moments(cut, x, weight, sides, upsample, moments.shape[1]):
         cut = None

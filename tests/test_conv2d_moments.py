@@ -171,3 +171,13 @@ def test_which_tiles_are_runs():
     assert not given(1025, 64, 64), "chunks of 65 pixels, the last of 15"
     assert [given(6, 32, rows) for rows in (64, 128)] == [True, False]
     assert not given(96, 96, 64)
+
+
+def test_a_cut_with_moments_comes_before_that_of_the_convolution(ways):
+    args = arguments(*FITTING["rows"], torch.bfloat16)
+    shapes = {"conv2d": {}, "conv2d_moments": {"MOMENTS": 1, **UNSPLIT[0]._asdict()}}
+    with use_backend("triton"), configs.trying(lambda kernel, key: shapes.get(kernel)):
+        diffkern.conv2d_moments(*args)
+        assert ways == ["fused"]
+        diffkern.conv2d(*args)
+        assert ways == ["fused", "epilogue"], "without moments it is the library's"
