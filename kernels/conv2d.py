@@ -8,7 +8,6 @@ order.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,44 +18,38 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .common import cdiv, on_device, power_of_2
+from .conv2d_cuts import CUTS, Cut, gives_moments, size_of, tile_of, why_not
+from .conv2d_moments import cut_with_moments
 from .epilogue import epilogue, silu, vector
 from .launch import remembered
 from .linear import linear
 
 
-class Cut(NamedTuple):
-    """A program's tile of the result, pixels and channels, its step along the sums, and the number of programs that
-    share the sums of a tile; compile-time."""
-
-    ROWS: int
-    COLUMNS: int
-    DEPTH: int
-    num_warps: int
-    num_stages: int
-    SPLITS: int = 1
-
-
-# What is worth trying.
-CUTS = (
-    Cut(128, 128, 64, 8, 4),
-    Cut(128, 64, 64, 4, 4),
-    Cut(64, 128, 64, 4, 4),
-    Cut(128, 128, 64, 8, 4, 2),
-    Cut(128, 128, 64, 8, 4, 4),
-    Cut(128, 128, 64, 8, 4, 12),
-)
+@triton.jit
+def _moments_of_runs(y, moments, place, column, n, RUN: tl.constexpr):
+    """Writes those of tile `place`, which is whole runs of RUN pixels. y: as it is stored, in 16 bits a number; so few
+    of those add up in float32 all but exactly, and the deviations are those from the mean itself."""
+    RUNS: tl.constexpr = y.shape[0] // RUN
+    y = y.reshape(RUNS, RUN, y.shape[1])
+    mean = tl.sum(y, axis=1) / RUN
+    d = y - mean[:, None, :]
+    run = place * RUNS + tl.arange(0, RUNS)
+    at = moments + run.to(tl.int64)[:, None] * (2 * n) + column[None, :]
+    tl.store(at, mean, (column < n)[None, :])
+    tl.store(at + n, tl.sum(d * d, axis=1), (column < n)[None, :])
 
 
 @remembered
 @triton.jit(do_not_specialize=["batch", "top", "left"])
 def _conv2d(
-    x, weight, bias, add, residual, y_ptr, batch, height, width, n, channels, top, left,
+    x, weight, bias, add, residual, y_ptr, moments, batch, height, width, n, channels, top, left,
     TAPS: tl.constexpr, TAPS_X: tl.constexpr, QUARTERS: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
     BATCH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
     """x, weight: descriptors of [B, H, W, C] and [N, taps, C]. height and width of the result; with QUARTERS, where a
     program makes every second pixel of every second row, of the small picture. With SPLITS y_ptr is float32 [SPLITS, B,
-    H, W, N]."""
+    H, W, N]. moments: [B, H W / RUN, 2 N], where a tile is whole runs of RUN pixels of a picture."""
     ROWS: tl.constexpr = BATCH * HEIGHT * WIDTH
     blocks = tl.cdiv(n, COLUMNS)
     across = tl.cdiv(width, WIDTH)
@@ -100,15 +93,25 @@ def _conv2d(
         whole = tl.cast(batch * height * width, tl.int64) * (n * (4 if QUARTERS else 1))
         tl.store(y_ptr + tl.program_id(2) * whole + at, y, inside)
     else:
-        if bias is not None:
-            y += vector(bias, column, n)
-        if add is not None:
-            y += tl.load(add + sample[:, None] * n + column[None, :], inside, other=0.0).to(tl.float32)
+        if add is not None and BATCH == 1:  # a row for all pixels, to which the bias is added before: fewer registers
+            more = vector(add + tl.cast(first_sample, tl.int64) * n, column, n)
+            y += more if bias is None else more + vector(bias, column, n)
+        else:
+            if bias is not None:
+                y += vector(bias, column, n)
+            if add is not None:
+                y += tl.load(add + sample[:, None] * n + column[None, :], inside, other=0.0).to(tl.float32)
         if SILU:
             y = silu(y)
         if residual is not None:
             y += tl.load(residual + at, inside, other=0.0).to(tl.float32)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+        if moments is not None:
+            # Read again from the cache: each thread then has pixels of few channels, which take few exchanges to add,
+            # where of the product it has channels of few pixels.
+            tl.debug_barrier()
+            y = tl.load(y_ptr + at, inside, other=0.0).to(tl.float32)
+            _moments_of_runs(y, moments, place, column, n, RUN)
 
 
 @triton.jit
@@ -162,21 +165,6 @@ def quarters_of(weight: Tensor) -> Tensor:
     return out
 
 
-def why_not(x: Tensor, weight: Tensor, stride: int, sides: tuple[int, ...], upsample: bool) -> str | None:
-    """The reason that the kernel cannot take a convolution, or None. It fetches tiles of pixels by descriptor."""
-    if x.dtype == torch.float32:
-        return "full precision has no tensor cores"
-    if x.is_contiguous():
-        return "takes channels_last"
-    if stride != 1 or (upsample and (tuple(weight.shape[2:]) != (3, 3) or sides != (1, 1, 1, 1))):
-        return "takes a stride of 1, and doubles pictures for 3 x 3 taps with a zero on each side"
-    if x.shape[1] % 8 or x.storage_offset() * x.element_size() % 16:
-        return "takes pixels of multiples of 16 bytes"
-    if x.is_cuda and configs.architecture(x.device) < 90:
-        return "needs the tensor memory accelerator of sm_90"
-    return None
-
-
 def facts(size: int, pixels: int, n: int, channels: int, taps: int, upsample: bool) -> str:
     """What a table tells convolutions apart by: bytes of a number, pixels of a picture, results, channels and taps."""
     pixels = 1 << (pixels - 1).bit_length()
@@ -215,9 +203,12 @@ def conv2d(
     call = _call(x, weight, upsample)
     shape = configs.on_trial("conv2d", lambda: facts(*call))
     shape = _found(call, configs.architecture(x.device)) if shape is None else shape
+    if moments is not None:
+        shape = cut_with_moments(x, len(weight), stride, upsample) or shape
     cut = None if not shape or why_not(x, weight, stride, sides, upsample) else Cut(**shape)
-    # Moments are those of runs of pixels, and a tile of the kernel is none: the pass behind the sums has them.
-    if cut is None or (moments is not None and cut.SPLITS == 1):
+    if cut and moments is not None and not gives_moments(cut, x, weight, sides, upsample, moments.shape[1]):
+        cut = None
+    if cut is None:
         return _by_library(x, weight, bias, stride, sides, add, residual, activation, upsample, moments)
     return fused(x, weight, bias, sides, add, residual, activation, upsample, cut, moments)
 
@@ -267,31 +258,31 @@ def fused(
     residual: Tensor | None, activation: str, upsample: bool, cut: Cut, moments: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`conv2d` in one kernel, of stride 1; x channels_last, C a multiple of 8. upsample: of 3 x 3 taps with zeros on
-    each side. moments: only of a cut with SPLITS."""
-    left, right, top, bottom = sides
+    each side. moments: only where the cut `gives_moments`."""
+    left, _, top, _ = sides
     batch, n, (channels, taps_y, taps_x) = len(x), len(weight), weight.shape[1:]
-    height, width = x.shape[2] + top + bottom - taps_y + 1, x.shape[3] + left + right - taps_x + 1
+    height, width = size_of(x, weight, sides)
     if upsample:
         weight, taps_y, taps_x = quarters_of(weight), 2, 2
     size = (batch, 2 * height, 2 * width, n) if upsample else (batch, height, width, n)
     y = torch.empty(size, device=x.device, dtype=x.dtype)
     columns, depth = (min(most, power_of_2(s)) for most, s in ((cut.COLUMNS, n), (cut.DEPTH, channels)))
     columns, depth = max(16, columns), max(16, depth)
-    wide = min(16, power_of_2(width))
-    tall = min(cut.ROWS // wide, power_of_2(height))
-    many = cut.ROWS // (wide * tall)
+    own = moments if cut.SPLITS == 1 else None  # else the pass behind has them
+    run = 0 if own is None else height * width // own.shape[1]
+    tile = tile_of(cut.ROWS, height, width, by_rows=own is not None)
     weight = weight.contiguous(memory_format=torch.channels_last)
     taps = taps_y * taps_x
-    source = _descriptor(x, [batch, *x.shape[2:], channels], [many, tall, wide, depth])
+    source = _descriptor(x, [batch, *x.shape[2:], channels], [*tile, depth])
     matrix = _descriptor(weight, [len(weight), taps, channels], [columns, 1, depth])
     part = y if cut.SPLITS == 1 else torch.empty(cut.SPLITS, *size, device=x.device)
-    places = cdiv(batch, many) * cdiv(height, tall) * cdiv(width, wide)
+    places = cdiv(batch, tile.BATCH) * cdiv(height, tile.HEIGHT) * cdiv(width, tile.WIDTH)
     around = None if residual is None else residual.permute(0, 2, 3, 1)
     with on_device(x):
         _conv2d[(places * cdiv(n, columns), 4 if upsample else 1, cut.SPLITS)](
-            source, matrix, bias, add, around, part, batch, height, width, n, channels, top, left, TAPS=taps,
-            TAPS_X=taps_x, QUARTERS=upsample, SILU=activation == "silu", SPLITS=cut.SPLITS, BATCH=many, HEIGHT=tall,
-            WIDTH=wide, COLUMNS=columns, DEPTH=depth, num_warps=cut.num_warps, num_stages=cut.num_stages,
+            source, matrix, bias, add, around, part, own, batch, height, width, n, channels, top, left, TAPS=taps,
+            TAPS_X=taps_x, QUARTERS=upsample, SILU=activation == "silu", SPLITS=cut.SPLITS, **tile._asdict(),
+            COLUMNS=columns, DEPTH=depth, RUN=run, num_warps=cut.num_warps, num_stages=cut.num_stages,
             enable_fp_fusion=True,
         )  # fmt: skip
     if cut.SPLITS > 1:

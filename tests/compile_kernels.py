@@ -38,7 +38,8 @@ from diffkern.op import OPS
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
              torch.bool: "*i1"}  # fmt: skip
-_PRODUCTS = ("linear", "conv2d")  # whose kernel is one of several ways, with a choice of tiles
+# Ops whose kernel is one of several ways, with a choice of tiles; and the kernel.
+_PRODUCTS = {"linear": "linear", "conv2d": "conv2d", "conv2d_moments": "conv2d"}
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _jobs: list[tuple[str, Launch, int]] = []
 
@@ -116,8 +117,9 @@ def launches(name: str) -> dict[str, Launch]:
     Remembered.launch = record  # type: ignore[method-assign]
     run = next(b for b in OPS[name].backends if b.name == "triton")
     # What is chosen; then every other cut that could be, where only the tile differs: of one, all variants.
-    cuts = importlib.import_module(f"diffkern.kernels.{name}").CUTS if name in _PRODUCTS else ()
-    trials = {cut: _only(name, None if cut is None else cut._asdict()) for cut in (None, *cuts)}
+    product = _PRODUCTS.get(name, name)
+    cuts = importlib.import_module(f"diffkern.kernels.{product}").CUTS if name in _PRODUCTS else ()
+    trials = {cut: _only(product, None if cut is None else cut._asdict()) for cut in (None, *cuts)}
     if name == "attention":
         trials[("keys that stay",)] = _keys_that_stay
     for cut, trial in trials.items():

@@ -128,6 +128,12 @@ def test_every_architecture_gets_every_kernel(compiled):
         assert missing == ({"_conv2d"} if arch == "80" else set())  # which has no tensor memory accelerator
 
 
+def test_our_convolution_is_compiled_with_moments_too(compiled):
+    """So that what is asked above of every form is asked of this one."""
+    found = [v["arch"] for v in compiled if v["kernel"] == "_conv2d" and v["constexprs"]["RUN"]]
+    assert set(found) == {90, 100}
+
+
 @pytest.mark.parametrize("kernel", ["_conv2d", "_linear"])
 def test_products_of_hopper_take_its_tensor_cores(compiled, kernel):
     def wrong(v: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffkern.kernels.conv2d_cuts import CUTS
 
 from diffkern.available import availability
 from diffkern.bench import children
@@ -97,11 +98,12 @@ def test_a_shape_is_checked_before_it_is_timed(monkeypatch):
 
 def test_moments_are_timed_with_the_norm_that_takes_them(monkeypatch):
     """In the interpreter, with a clock that stands still."""
-    found = tune.plan("conv2d_moments", 90)
-    assert found["bytes 2, pixels 1024, channels 128"] == (
-        "CIFAR UNet 32x32, 1 picture", [{"MOMENTS": 0}, {"MOMENTS": 1}],
-    )  # fmt: skip
-    x, weight = (make(shape, "cpu", torch.bfloat16, "channels_last") for shape in ((2, 8, 6, 6), (64, 8, 3, 3)))
+    key = "bytes 2, pixels 1024, channels 128"
+    own = [{"MOMENTS": 1, **cut._asdict()} for cut in CUTS]
+    shapes = [{"MOMENTS": 0}, {"MOMENTS": 1}, own[0]]
+    assert tune.plan("conv2d_moments", 90)[key] == ("CIFAR UNet 32x32, 1 picture", shapes[:2] + own)
+    assert tune.plan("conv2d_moments", 80)[key][1] == shapes[:2]
+    x, weight = (make(shape, "cpu", torch.bfloat16, "channels_last") for shape in ((2, 8, 8, 16), (64, 8, 3, 3)))
     args = OPS["conv2d_moments"].bind(x, weight / 8)
     monkeypatch.setattr(tune, "samples", lambda name, device: {"small": Sample("small", lambda: args, True)})
     monkeypatch.setattr(tune.gpu, "sets_of", lambda args, moved: [args])
@@ -113,14 +115,13 @@ def test_moments_are_timed_with_the_norm_that_takes_them(monkeypatch):
         return given[-1][1]
 
     monkeypatch.setattr(tune, "group_norm_silu", norm)
-    shapes = [{"MOMENTS": 0}, {"MOMENTS": 1}]
     answer = tune.Child(compiles=False).answer(("conv2d_moments", "small", shapes))
-    assert answer == {"{'MOMENTS': 0}": 1.0, "{'MOMENTS': 1}": 1.0, "torch": 1.0}
-    assert [asked for asked, _ in given] == [False, True] * 2
+    assert answer == {**{str(shape): 1.0 for shape in shapes}, "torch": 1.0}
+    assert [asked for asked, _ in given] == [False, True, True] * 2
     for _, y in given:
         expected = tune.plain_convolution_and_norm(*args)
         torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
-    assert tune.best({"torch": 5.0, "{'MOMENTS': 0}": 3.0, "{'MOMENTS': 1}": 2.0}, shapes)[1]["shape"] == shapes[1]
+    assert tune.best({"torch": 5.0, str(shapes[0]): 3.0, str(own[0]): 2.0}, shapes)[1]["shape"] == own[0]
 
 
 def interleave(binds, sets, rounds):

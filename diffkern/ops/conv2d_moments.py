@@ -110,9 +110,11 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("several chunks", (2, 3, 15, 17), 70, extras="residual")
     yield sample("far from zero", (2, 4, 20, 20), 48, extras="residual", far=100.0)
     yield sample("one by one", (2, 12, 9, 15), 72, 1)
+    # A tile of our own convolution's is two chunks; the channels fill no last tile.
+    yield sample("even chunks", (3, 8, 8, 16), 208, extras="add residual", activation="silu")
     yield sample("stride, padding at the end", (2, 6, 24, 26), 52, stride=2, padding=[0, 1, 0, 1])
     # No doubled picture: on a GPU all its pixels share the rounding errors of its weights, which do not average out as
-    # the reference's do. tests/test_moments.py compares what is given with what was written.
+    # the reference's do. tests/test_conv2d_moments.py compares what is given with what was written.
     yield sample("CIFAR UNet 16x16", (8, 256, 16, 16), 256, extras="residual", workload=True)
     for name, shape, n in (
         ("CIFAR UNet 32x32, 1 picture", (1, 128, 32, 32), 128),
