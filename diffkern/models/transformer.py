@@ -26,9 +26,9 @@ EPS = 1e-6  # of the norm in front, whatever the network's
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm of tokens [B, T, C]. On a GPU by the op, which takes half of the time of PyTorch's own: 8.9 us for 18.2 on
-    an H200, of 2 x 4096 x 640 numbers in bfloat16, in graphs. On a CPU with AVX-512 PyTorch's takes 0.7 to 0.9 times as
-    long in float32 as the op, which also modulates, and 0.7 to 1.3 times in bfloat16."""
+    """The norm of tokens [B, T, C]. On a GPU by the op, which takes half of the time of PyTorch's own: 8.9 us for 18.2
+    on an H200, of 2 x 4096 x 640 numbers in bfloat16, in graphs. On a CPU with AVX-512 PyTorch's takes 0.7 to 0.9 times
+    as long in float32 as the op, which also modulates, and 0.7 to 1.3 times in bfloat16."""
     if x.is_cuda and not torch.compiler.is_compiling():
         return layer_norm_modulate(x, None, None, norm.weight, norm.bias, norm.eps)
     return norm(x)
