@@ -32,7 +32,8 @@ void complete(const GroupNorm& p, int V, int64_t rows, bool given, GroupCut& cut
 
 // The cut of two kernels for numbers of `size` bytes, V at a time.
 GroupCut in_two(const GroupNorm& p, int V, int size, bool given) {
-  constexpr int64_t kLeast = 8 << 10, kMost = 256;  // bytes of a run; runs, two for each SM of an H100
+  // Bytes of a run, of which fewer take a block no less time; runs, two for each multiprocessor of an H100.
+  constexpr int64_t kLeast = 16 << 10, kMost = 256;
   GroupCut cut{};
   const int narrowest = std::lcm(V, p.per_group);
   cut.width = std::min(p.channels, kGroupThreads * V / narrowest * narrowest);
