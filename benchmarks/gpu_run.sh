@@ -3,10 +3,11 @@
 #
 #   benchmarks/gpu_run.sh [--out DIR] [--archive FILE.tar.gz] [--keep-going] [--dry] [PART ...]
 #
-# Parts, in this order, by default all: build (the CUDA library), tests (those marked gpu or device), sanitize (compute-sanitizer on
-# the kernels), ops, networks (the benchmarks). Each has a time limit and can run alone. The first part that fails
-# ends the run: no wrong kernel is timed. Records go to DIR/<gpu>/, by default benchmarks/results; what each part printed
-# to DIR/logs/. --archive packs DIR up at the end, also of a run that failed. --dry: tiny, on a CPU, without sanitizers.
+# Parts, in this order, by default all but tune: build (the CUDA library), tests (those marked gpu or device), sanitize
+# (compute-sanitizer on the kernels), tune (which kernel serves which call, into kernels/configs and DIR/configs; three
+# minutes more), ops, networks (the benchmarks). Each has a time limit and can run alone. The first part that fails ends
+# the run: no wrong kernel is timed. Records go to DIR/<gpu>/, by default benchmarks/results; what each part printed to
+# DIR/logs/. --archive packs DIR up at the end, also of a run that failed. --dry: tiny, on a CPU, without sanitizers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 repository=$PWD
@@ -17,8 +18,8 @@ while (($#)); do
         --archive) archive=$2 && shift ;;
         --keep-going) keep_going=1 ;;
         --dry) device=cpu ;;
-        build | tests | sanitize | ops | networks) parts+=("$1") ;;
-        *) sed -n '2,10s/^# \{0,1\}//p' "$repository/benchmarks/gpu_run.sh" && exit 2 ;;
+        build | tests | sanitize | tune | ops | networks) parts+=("$1") ;;
+        *) sed -n '2,11s/^# \{0,1\}//p' "$repository/benchmarks/gpu_run.sh" && exit 2 ;;
     esac
     shift
 done
@@ -90,6 +91,16 @@ sanitize() {
     return $failed
 }
 
+tune() {
+    if [[ $device != cuda ]]; then
+        python3 -P benchmarks/tune.py --help | tail -n 1
+        return
+    fi
+    local which=(--op group_norm_silu --op attention --op conv2d_moments)
+    OMP_NUM_THREADS=1 python3 -P benchmarks/tune.py "${which[@]}" --processes "$cores" --seconds 150 || return
+    mkdir -p "$out/configs" && cp kernels/configs/sm_*.json "$out/configs/"
+}
+
 ops() { # one thread each: the compilers of all processes share the cores
     local which=(--processes "$((cores < 12 ? cores : 12))" --seconds 140)
     [[ $device == cuda ]] || which=(--tiny --rivals eager --rounds 2 --op randn --op linear)
@@ -105,10 +116,10 @@ networks() {
         --device "$device" --out "$out" "${which[@]}"
 }
 
-declare -A limit=([build]=60 [tests]=150 [sanitize]=80 [ops]=160 [networks]=230)
+declare -A limit=([build]=60 [tests]=150 [sanitize]=80 [tune]=180 [ops]=160 [networks]=230)
 failed=()
 export repository out device cores
-export -f build tests sanitize ops networks
+export -f build tests sanitize tune ops networks
 for part in "${parts[@]}"; do
     echo "== $part, at most ${limit[$part]} s"  # then it is interrupted, and pytest still names what failed
     start=$SECONDS

@@ -237,7 +237,7 @@ def best(answer: dict[str, Any], shapes: list[configs.Shape]) -> tuple[str, dict
         return f"nothing was timed: {next(iter(answer.values()), 'no time was left')}", None
     by_text = {str(shape): shape for shape in shapes}
     own = answer["torch"]
-    names = {text: "-".join(map(str, shape.values())) or "library" for text, shape in by_text.items()}
+    names = {text: "-".join(map(str, shape.values())) or "no shape" for text, shape in by_text.items()}
     names |= {text: f"CUDA-{names[text]}" for text, shape in by_text.items() if backend_of(shape) == "cuda"}
     ranking = "   ".join(f"{us:.2f} {names[text]}" for us, text in times[:4])
     wrong = [f"{text}: {why}" for text, why in answer.items() if isinstance(why, str)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_library
 import pytest
 import torch
 from diffkern.kernels.conv2d_cuts import CUTS
@@ -122,6 +124,26 @@ def test_moments_are_timed_with_the_norm_that_takes_them(monkeypatch):
         expected = tune.plain_convolution_and_norm(*args)
         torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
     assert tune.best({"torch": 5.0, str(shapes[0]): 3.0, str(own[0]): 2.0}, shapes)[1]["shape"] == own[0]
+
+
+def test_a_group_norm_is_timed_in_both_languages(monkeypatch, tmp_path_factory):
+    """In the interpreter, and thread by thread, with a clock that stands still."""
+    found = tune.plan("group_norm_silu", 90)
+    sample, shapes = found["bytes 2, pixels 1024, channels 640, groups 32"]
+    assert sample == "SD 1.5 UNet 32x32, channels_last"
+    assert shapes == [{}, {"CUDA": 0}, {"CUDA": 16}, {"CUDA": 32}, {"CUDA": 64}, {"CUDA": 96}]
+    assert not any("contiguous" in name for name, _ in found.values()), "there is nothing to choose"
+    args = OPS["group_norm_silu"].bind(make((2, 16, 24, 24), "cpu", torch.bfloat16, "channels_last"), 4)
+    monkeypatch.setattr(tune, "samples", lambda name, device: {"small": Sample("small", lambda: args, True)})
+    monkeypatch.setattr(tune.gpu, "sets_of", lambda args, moved: [args])
+    monkeypatch.setattr(tune.gpu, "interleave", interleave)
+    folder = tmp_path_factory.getbasetemp()
+    with cuda_library.loaded(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder):
+        answer = tune.Child(compiles=False).answer(("group_norm_silu", "small", shapes[:3]))
+    assert answer == {"{}": 1.0, "{'CUDA': 0}": 1.0, "{'CUDA': 16}": 1.0, "torch": 1.0}
+    line, entry = tune.best({"torch": 9.0, "{}": 4.0, "{'CUDA': 0}": 3.0, "{'CUDA': 16}": 2.0}, shapes)
+    assert entry == {"shape": {}, "us": 4.0, "torch_us": 9.0, "cuda_us": 2.0, "cuda_block": 16}
+    assert "2.00 CUDA-16   3.00 CUDA-0   4.00 no shape" in line
 
 
 def interleave(binds, sets, rounds):
