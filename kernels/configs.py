@@ -79,6 +79,12 @@ def _table(arch: int) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text("utf-8"))["kernels"] if path.exists() else {}
 
 
+@functools.cache
+def is_tuned(kernel: str, arch: int) -> bool:
+    """Whether a table has entries for the kernel: where it has none, no call needs to be told apart from others."""
+    return bool(_table(arch).get(kernel))
+
+
 def tuned(kernel: str, key: str, arch: int) -> Tuned | None:
     """The entry of a table, or None."""
     entry = _table(arch).get(kernel, {}).get(key)

@@ -39,7 +39,8 @@ def _found(call: tuple[int, int, int, int], arch: int) -> configs.Tuned | None:
 
 def measured(x: Tensor, groups: int, skip: Tensor | None) -> configs.Tuned | None:
     """What was measured of such a call on this architecture, or None."""
-    return _found(call_of(x, groups, skip), configs.architecture(x.device))
+    arch = configs.architecture(x.device)
+    return _found(call_of(x, groups, skip), arch) if configs.is_tuned("group_norm_silu", arch) else None
 
 
 def cuda_block(x: Tensor, groups: int, skip: Tensor | None) -> int:

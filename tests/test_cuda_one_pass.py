@@ -120,17 +120,21 @@ def test_the_table_says_how_it_is_read(monkeypatch):
     def found(**entry: Any) -> tuple[str | None, int]:
         table = {"group_norm_silu": {key: {"shape": {}, "us": 4.0, "torch_us": 9.0} | entry}} if entry else {}
         monkeypatch.setattr(configs, "_table", lambda arch: table)
+        configs.is_tuned.cache_clear()
         kernels._found.cache_clear()
         return cuda.why_defer(OP.bind(x, 8, skip=skip)), kernels.cuda_block(x, 8, skip)
 
-    assert found(cuda_us=3.0, cuda_block=32) == (None, 32)
-    assert found(cuda_us=3.0, cuda_block=0) == (None, 0)
-    assert found(cuda_us=5.0, cuda_block=16) == ("Triton took 4 us where this took 5", 16)
-    assert found(us=4.0) == found() == ("Triton reads a small picture once", 0)
-    with configs.trying(lambda kernel, key: {configs.CUDA: 64}):
-        assert found()[1] == 64
-    assert kernels.cuda_block(x, 8, None) == 0, "another number of channels"
-    kernels._found.cache_clear()
+    try:
+        assert found(cuda_us=3.0, cuda_block=32) == (None, 32)
+        assert found(cuda_us=3.0, cuda_block=0) == (None, 0)
+        assert found(cuda_us=5.0, cuda_block=16) == ("Triton took 4 us where this took 5", 16)
+        assert found(us=4.0) == found() == ("Triton reads a small picture once", 0)
+        with configs.trying(lambda kernel, key: {configs.CUDA: 64}):
+            assert found()[1] == 64
+        assert kernels.cuda_block(x, 8, None) == 0, "another number of channels"
+    finally:
+        configs.is_tuned.cache_clear()
+        kernels._found.cache_clear()
 
 
 def test_what_is_tried():
