@@ -53,6 +53,18 @@ def test_a_record_says_what_was_timed(capsys):
     assert {c.verdict for c in compare(folder, folder).changes} == {"noise"}
 
 
+def test_a_record_says_which_backend_a_call_takes_by_itself(monkeypatch):
+    """If that was timed."""
+    args = OPS["rms_norm"].bind(torch.ones(1, 2, 8))
+    assert ops._chosen(OPS["rms_norm"], args, {"cpu": {}, "torch": {}}) == {"chosen": "cpu"}
+    assert ops._chosen(OPS["rms_norm"], args, {"torch": {}}) == {}
+    (first, *rest) = OPS["rms_norm"].backends
+    cpu = next(b for b in (first, *rest) if b.name == "cpu")
+    left = [dataclasses.replace(b, defers=lambda *_: "slower") if b is cpu else b for b in (first, *rest)]
+    monkeypatch.setattr(OPS["rms_norm"], "backends", left)
+    assert ops._chosen(OPS["rms_norm"], args, {"cpu": {}, "reference": {}}) != {"chosen": "cpu"}
+
+
 def test_figures_are_counted_from_cost_and_ceilings():
     found = ops.figures([2e-3, 2e-3, 2e-3], Cost(4_000_000, 6_000_000), [1e-3, 1e-3, 1e-3], [5e-4, 5e-4, 5e-4])
     assert found == {

@@ -133,7 +133,7 @@ class Bench:
             times = record.interleave(able, self.options.rounds, at_least=5e-3)
             copy, matmul = times["copy"], times.get("matmul")
             found = {name: figures(t, cost, copy, matmul) | _peak(able[name], "cpu") for name, t in times.items()}
-            return row | {"times": found, "refused": refused}
+            return row | _chosen(op, args, found) | {"times": found, "refused": refused}
         times, launched, refused = gpu.interleave(binds, gpu.sets_of(args, cost.bytes), self.options.rounds)
         arithmetic = cost.flops / ceilings["TFLOP/s"] / 1e12
         floor = max(cost.bytes / ceilings["GB/s"] / 1e9, arithmetic)
@@ -145,7 +145,7 @@ class Bench:
             found[name] |= {"us without a graph": float(f"{launched[name] * 1e6:.4g}"),
                             "of floor": float(f"{floor * 1e6 / found[name]['us']['median']:.3g}"),
                             **_peak(able[name], "cuda")}  # fmt: skip
-        return row | {"chosen": op.choose(args).name, "ceilings": ceilings, "times": found, "refused": refused}
+        return row | _chosen(op, args, found) | {"ceilings": ceilings, "times": found, "refused": refused}
 
 
 def bound(binds: Mapping[str, Bind], args: tuple[Any, ...]) -> tuple[dict[str, Run], dict[str, str]]:
@@ -163,6 +163,12 @@ def bound(binds: Mapping[str, Bind], args: tuple[Any, ...]) -> tuple[dict[str, R
         else:
             able[name] = call
     return able, refused
+
+
+def _chosen(op: Op, args: tuple[Any, ...], timed: Mapping[str, Any]) -> dict[str, str]:
+    """The backend that such a call takes by itself, if it was timed."""
+    name = op.choose(args).name
+    return {"chosen": name} if name in timed else {}
 
 
 def _peak(call: Run, device: str) -> dict[str, float]:

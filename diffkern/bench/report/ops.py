@@ -33,7 +33,7 @@ class Row:
 def row_of(result: dict[str, Any]) -> Row | None:
     """None if no kernel of diffkern was timed."""
     timed = result["times"]
-    # A record of a GPU says which backend the op takes, be it PyTorch's own.
+    # Which backend the op takes, be it PyTorch's own; older records of a CPU do not say it.
     backend = result.get("chosen") or next((name for name in KERNELS if name in timed), "")
     if backend not in timed:
         return None
