@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in under nine minutes, offline: is it right, then how fast is it.
 #
-#   benchmarks/gpu_run.sh [--out DIR] [--archive FILE.tar.gz] [--keep-going] [--dry] [PART ...]
+#   benchmarks/gpu_run.sh [--out DIR] [--archive FILE.tar.gz] [--kernels FILE.tar.xz] [--keep-going] [--dry] [PART ...]
 #
 # Parts, in this order, by default all but tune: build (the CUDA library), tests (those marked gpu or device), sanitize
 # (compute-sanitizer on the kernels), tune (which kernel serves which call, into kernels/configs and DIR/configs; three
 # minutes more), ops, networks (the benchmarks). Each has a time limit and can run alone. The first part that fails ends
 # the run: no wrong kernel is timed. Records go to DIR/<gpu>/, by default benchmarks/results; what each part printed to
-# DIR/logs/. --archive packs DIR up at the end, also of a run that failed. --dry: tiny, on a CPU, without sanitizers.
+# DIR/logs/. --archive packs DIR up at the end, also of a run that failed. --kernels: Triton kernels that were compiled
+# before, by tests/triton_cache.py. --dry: tiny, on a CPU, without sanitizers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 repository=$PWD
-out=$repository/benchmarks/results archive="" keep_going="" device=cuda parts=()
+out=$repository/benchmarks/results archive="" kernels="" keep_going="" device=cuda parts=()
 while (($#)); do
     case $1 in
         --out) mkdir -p "$2" && out=$(cd "$2" && pwd) && shift ;;
         --archive) archive=$2 && shift ;;
+        --kernels) kernels=$(realpath "$2") && shift ;;
         --keep-going) keep_going=1 ;;
         --dry) device=cpu ;;
         build | tests | sanitize | tune | ops | networks) parts+=("$1") ;;
@@ -57,11 +59,16 @@ PYTHON
 }
 
 tests() { # -P: not the checkout's own folder, which is no whole package
-    local files
-    mapfile -t files < <(grep -lE 'mark\.(gpu|device)' tests/test_*.py)
-    local which=("${files[@]}" -m "gpu or device" -n "$((cores < 15 ? cores : 15))" --dist worksteal)
+    # In this order: should the time not do, every kernel has been compared with its oracle. They are handed
+    # out few at a time, since networks, which take longest, are the last.
+    local files first=(tests/test_{ops,kernels}.py tests/test_cuda_*.py tests/test_attention_triton.py)
+    mapfile -t files < <(grep -lE 'mark\.(gpu|device)' "${first[@]}" tests/test_*.py | awk '!seen[$0]++')
+    local which=("${files[@]}" -m "gpu or device" -n "$((cores < 15 ? cores : 15))" --maxschedchunk 8 --durations 25)
     [[ $device == cuda ]] || which=(tests/test_benchmarks.py)
     TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 python3 -P -m pytest -q -p no:cacheprovider -p no:benchmark --maxfail=100 "${which[@]}"
+    local code=$?
+    echo "Triton compiled $(find "$TRITON_CACHE_DIR" -name '*.cubin' -newer "$scratch/began" | wc -l) kernels"
+    return $code
 }
 
 sanitize() {
@@ -118,7 +125,10 @@ networks() {
 
 declare -A limit=([build]=60 [tests]=150 [sanitize]=80 [tune]=180 [ops]=160 [networks]=230)
 failed=()
-export repository out device cores
+mkdir -p "$TRITON_CACHE_DIR"
+[[ -z $kernels ]] || python3 -P tests/triton_cache.py unpack "$kernels" "$TRITON_CACHE_DIR"
+touch "$scratch/began"
+export repository out device cores scratch
 export -f build tests sanitize tune ops networks
 for part in "${parts[@]}"; do
     echo "== $part, at most ${limit[$part]} s"  # then it is interrupted, and pytest still names what failed

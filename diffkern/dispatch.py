@@ -58,12 +58,13 @@ def _are_silent(modes: Iterable[Any]) -> bool:
 
 def is_for_ops(x: Tensor) -> bool:
     """Whether a call with x may run in ops: not under autocast, which picks dtypes by PyTorch's functions, nor where it
-    is traced for another program or by torch.func and forward-mode derivatives, which would not see through an op."""
+    is traced for another program or by torch.func and forward-mode derivatives, which would not see through an op.
+    An export is asked for by its flag: of `is_exporting()` torch 2.11 thinks that it is true of all it compiles."""
     return (
         (x.is_cpu or x.is_cuda)
         and not (_is_any_autocast() and torch.is_autocast_enabled(x.device.type))
         and _trace() is None
-        and not torch.compiler.is_exporting()
+        and not torch.compiler._is_exporting_flag
         and _level() is None
         and forward_ad._current_level < 0
     )

@@ -98,17 +98,15 @@ def machine_code(library: Path) -> dict[tuple[str, str], tuple[list[str], int]]:
     if tool is None:
         triton = pytest.importorskip("triton", reason="cuobjdump is in the CUDA toolkit and in Triton")
         tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    listing = ""
+    listing: list[tuple[str, str]] = []  # the lines, each with the architecture asked for: CUDA 12.8 calls sm_90a sm_90
     for arch in READ:
         done = subprocess.run([tool, "-sass", "-arch", arch, library], capture_output=True, text=True, check=True)
-        listing += done.stdout
+        listing += [(arch, line) for line in done.stdout.splitlines()]
     found: dict[tuple[str, str], list[str]] = {}
     loops: dict[tuple[str, str], int] = {}
-    arch, key = "", ("", "")
-    for line in listing.splitlines():
-        if m := re.search(r"code for (\w+)", line):
-            arch = m[1]
-        elif m := re.search(r"Function : (\w+)", line):
+    key = ("", "")
+    for arch, line in listing:
+        if m := re.search(r"Function : (\w+)", line):
             key = (m[1], arch)
             found[key], loops[key] = [], 0
         elif m := re.match(r"\s+/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*) *(0x[0-9a-f]+)?", line):

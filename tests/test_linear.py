@@ -91,7 +91,12 @@ def used(monkeypatch, x: Tensor, weight: Tensor, activation: str) -> set[str]:
     y = diffkern.linear(x, weight, None, activation)
     monkeypatch.setattr(module, "_by_onednn", by_onednn)
     args = (x, weight, None, activation, None, None)
-    judge("linear", (y,), (OPS["linear"].reference(*args),), oracle(OPS["linear"], args))
+    expected = OPS["linear"].reference(*args)
+    if found and module.vectors() != packing.vectors():
+        # oneDNN in code for this CPU, where no layer is left to it: long sums by AVX2 have up to twice PyTorch's error.
+        torch.testing.assert_close(y, expected)
+    else:
+        judge("linear", (y,), (expected,), oracle(OPS["linear"], args))
     return found or {"ours"}
 
 

@@ -45,12 +45,12 @@ def test_backend_agrees_with_the_oracle(op, sample, backend):
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_a_backend_takes_nearly_every_sample(op, device):
     """So that what is skipped above is the exception, such as contiguous pictures by a kernel for channels_last."""
-    samples = [op.bind(*s.args()) for s in op.make_samples(device, torch.float32) if not s.workload]
-    for b in op.backends:
-        refused = [reason for args in samples if (reason := b.why_not(args)) is not None]
-        if availability(b.name) is not None or all(reason.startswith("runs on") for reason in refused):
-            continue
-        assert len(refused) < 0.7 * len(samples), f"{b.name}: {refused}"
+    calls = [[op.bind(*s.args()) for s in op.make_samples(device, d) if not s.workload] for d in DTYPES]
+    for b in (b for b in op.backends if availability(b.name) is None):
+        # Of the dtype of which it refuses least: a kernel may be for 16 bits only.
+        refused = min(([r for args in some if (r := b.why_not(args)) is not None] for some in calls), key=len)
+        if not all(reason.startswith("runs on") for reason in refused):
+            assert len(refused) < 0.7 * len(calls[0]), f"{b.name}: {refused}"
 
 
 @pytest.mark.parametrize(
