@@ -60,6 +60,8 @@ class Remembered:
         try:
             compiled, rest = self.found[key]
         except KeyError:
+            if self.kernel.hash is None:
+                _hash(self.kernel)
             compiled = self.kernel[grid](*args, **more)
             if isinstance(compiled, CompiledKernel):  # what it is not where a hook of Triton's took the launch
                 if len(self.found) >= _MOST:
@@ -75,6 +77,17 @@ class Remembered:
         bound = self.kernel.signature.bind(*args, **{name: more[name] for name in names if name in more})
         bound.apply_defaults()
         return tuple(bound.arguments.values())[len(args) :]
+
+
+def _hash(function: JITFunction) -> None:
+    """Have Triton hash a function after those that it calls. By itself it leaves the constants of one that was not
+    hashed before out of the key of who calls it: a kernel would have another key, and be compiled anew, in a process
+    that launched others first (Triton 3.6; 3.9 does so itself)."""
+    for name in function.fn.__code__.co_names:
+        called = function.fn.__globals__.get(name)
+        if isinstance(called, JITFunction) and called.hash is None:
+            _hash(called)
+    function.cache_key  # noqa: B018 (it is kept)
 
 
 def _kind(a: Any) -> Any:

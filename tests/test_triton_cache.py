@@ -18,7 +18,10 @@ pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this torch knows of no GPU"),
 ]
 SCRIPT = Path(__file__).with_name("triton_cache.py")
-CHOSEN = ("tests/test_ops.py", "-k", "rms_norm and float16")  # of 16 bits, for bfloat16 is among them
+
+
+def chosen(ops: str) -> tuple[str, ...]:
+    return "tests/test_ops.py", "-k", f"({ops}) and float16"  # of 16 bits, for bfloat16 is among them
 
 
 def called(*arguments: object, **variables: str) -> str:
@@ -30,13 +33,15 @@ def called(*arguments: object, **variables: str) -> str:
 
 
 def test_what_was_compiled_is_found_elsewhere(tmp_path):
-    first = json.loads(called("fill", tmp_path / "a", *CHOSEN))
+    """Also by a process that launches another kernel first, which calls the same functions."""
+    first = json.loads(called("fill", tmp_path / "a", *chosen("add_noise")))
     assert first["compiled"] == first["entries"] > 10
     assert called("unpack", tmp_path / "a.tar.xz", tmp_path / "b").startswith("unpacked")
-    again = json.loads(called("fill", tmp_path / "b", *CHOSEN))
-    assert (again["compiled"], again["entries"]) == (0, first["entries"])
+    again = json.loads(called("fill", tmp_path / "b", *chosen("randn or add_noise")))
+    assert again["compiled"] > 0
+    assert again["entries"] - again["compiled"] == first["entries"]
     entries = sum(path.is_dir() for path in (tmp_path / "b").iterdir())
-    assert entries == first["entries"], "an entry that no launch looked for"
+    assert entries == again["entries"], "an entry that no launch looked for"
     other = called("unpack", tmp_path / "a.tar.xz", tmp_path / "c", DISABLE_PTXAS_OPT="1")
     assert "is of no use here" in other
     assert other.count("DISABLE_PTXAS_OPT") == 1, "what is the same is not named"
