@@ -90,7 +90,7 @@ def _(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         ("odd", (2, 7, 37)),
         ("one channel a row", (2, 3, 1)),
         ("several chunks of tokens", (2, 70, 24)),
-        ("more chunks than are added at once", (1, 133, 2049)),
+        ("more chunks than are added at once", (1, 133, 2064)),
         ("no sample", (0, 4, 8)),
         ("no token", (2, 0, 8)),
     ):
