@@ -61,7 +61,9 @@ def fill(folder: Path, arguments: list[str]) -> dict[str, float]:
         # Inductor's own kernels are not for this: it has a cache of its own, and wants to know the driver.
         chosen = ["-m", "gpu or device", "-k", "not inductor", *(arguments or files())]
         run = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *chosen]
-        subprocess.run(run, cwd=TESTS.parent, env=env, check=False, stdout=sys.stderr)
+        code = subprocess.run(run, cwd=TESTS.parent, env=env, check=False, stdout=sys.stderr).returncode
+        if code not in (0, 1):  # all passed, or some failed
+            raise SystemExit(f"the tests were not all run: pytest ended with {code}")
         found: dict[str, float] = {}
         for path in Path(scratch).glob("*.json"):
             for name, seconds in json.loads(path.read_text()).items():
