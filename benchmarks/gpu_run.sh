@@ -17,7 +17,9 @@ while (($#)); do
     case $1 in
         --out) mkdir -p "$2" && out=$(cd "$2" && pwd) && shift ;;
         --archive) archive=$2 && shift ;;
-        --kernels) kernels=$(realpath "$2") && shift ;;
+        --kernels)
+            [[ -f ${2-} ]] || { echo "--kernels: there is no file ${2-}" >&2 && exit 2; }
+            kernels=$(realpath "$2") && shift ;;
         --keep-going) keep_going=1 ;;
         --dry) device=cpu ;;
         build | tests | sanitize | tune | ops | networks) parts+=("$1") ;;

@@ -100,7 +100,8 @@ def timed_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What is timed of an op, and PyTorch's own: a backend, or what one would write."""
     if name in CHAINS:
         return CHAINS[name]
-    return OPS[name].overload, next((b for b in OPS[name].backends if b.name == "torch"), PLAIN[name])
+    own = next((b for b in OPS[name].backends if b.name == "torch"), None)
+    return OPS[name].overload, own or PLAIN[name]
 
 
 class Child:

@@ -32,6 +32,7 @@ CUTS: list[tuple[str, int, tuple[int, ...], int, dict[str, Any], tuple[int, int,
     ("slabs of one group and more", 16, (2, 1264, 8, 8), 32, ALL, (8, 3, 256)),
     ("slabs that are too large even so", 16, (1, 320, 64, 64), 32, {"offset": 30.0}, (8, 8, 224)),
     ("the last run is shorter", 16, (1, 48, 45, 41), 3, {"modulated": True}, (1, 8, 192)),
+    ("more runs than are asked for", 96, (2, 80, 32, 32), 32, {"skip": 16}, (2, 3, 352)),
     ("a group wider than a warp's threads", 16, (1, 5120, 2, 4), 20, {"add": True}, (2, 3, 320)),
     ("more groups than threads", 16, (1, 5120, 3, 3), 5120, {"modulated": True}, (4, 2, 320)),
 ]

@@ -146,6 +146,12 @@ def test_a_group_norm_is_timed_in_both_languages(monkeypatch, tmp_path_factory):
     assert "2.00 CUDA-16   3.00 CUDA-0   4.00 no shape" in line
 
 
+def test_every_op_that_is_tuned_has_a_rival():
+    assert tune.timed_of("group_norm_silu")[1] is tune.PLAIN["group_norm_silu"]
+    for name in ("attention", "conv2d", "linear"):
+        assert tune.timed_of(name)[1] is next(b for b in OPS[name].backends if b.name == "torch")
+
+
 def interleave(binds, sets, rounds):
     for bind in binds.values():
         bind(*sets[0])()

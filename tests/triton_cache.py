@@ -103,6 +103,8 @@ def main() -> None:
     other.add_argument("folder", type=Path)
     options, arguments = parser.parse_known_args()
     if options.command == "unpack":
+        if not (options.packed.is_file() and tarfile.is_tarfile(options.packed)):
+            parser.error(f"{options.packed} is no file that `fill` has packed")
         wrong = unpack(options.packed, options.folder)
         print("\n".join([f"{options.packed} is of no use here:", *wrong]) if wrong else f"unpacked {options.packed}")
         return

@@ -11,7 +11,7 @@
 namespace diffkern {
 
 constexpr int kGroupThreads = 320;  // of a block at most; a multiple of the vectors in the rows of most UNets and VAEs
-constexpr int kInFlight = 4;      // vectors that a thread reads at a time
+constexpr int kInFlight = 4;        // vectors that a thread reads at a time
 
 struct GroupNorm {
   const void *x, *skip;  // skip: null, or the channels after those of x
@@ -45,7 +45,7 @@ struct GroupCut {
   int64_t length;
   Divisor by_columns, by_groups, by_group;  // vectors of a row; groups of a slab; channels of a group
 
-  __host__ __device__ int groups(const GroupNorm& p) const { return by_group(width); }
+  __host__ __device__ int groups() const { return by_group(width); }
 };
 
 struct alignas(8) Mean {

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(one_pass_threads(kVectors), kVectors > 8 ? 1 :
   const int64_t at = here.begin + here.row;
   Numbers<T, V> raw[kVectors];
   const int count = here.read(p, raw, at);
-  const int groups = cut.groups(p);  // as many in each slab
+  const int groups = cut.groups();  // as many in each slab
   const SharedRows shared(dynamic_shared(), cut);
   float2* of_runs = reinterpret_cast<float2*>(dynamic_shared() + rows_room(cut) / 4);  // [runs, groups]
   Mean* of_slab = reinterpret_cast<Mean*>(of_runs + cut.runs * groups);

@@ -40,11 +40,11 @@ GroupCut in_two(const GroupNorm& p, int V, int size, bool given) {
   cut.slabs = (p.channels + cut.width - 1) / cut.width;
   // Each block of `normalise` reads the moments of all runs: a third as many bytes as of its own run, at most.
   const int64_t row = int64_t{cut.width} * size, bytes = p.pixels * row;
-  const auto few = static_cast<int64_t>(std::sqrt(static_cast<double>(bytes) / (3 * sizeof(Mean) * cut.groups(p))));
+  const auto few = static_cast<int64_t>(std::sqrt(static_cast<double>(bytes) / (3 * sizeof(Mean) * cut.groups())));
   const int64_t runs = std::clamp<int64_t>(std::min(few, bytes / kLeast), 1, kMost);
   cut.length = (p.pixels + runs - 1) / runs;
   complete(p, V, std::min<int64_t>(kGroupThreads / (cut.width / V), cut.length), given, cut);
-  cut.parts = std::max(1, cut.threads / cut.groups(p));
+  cut.parts = std::max(1, cut.threads / cut.groups());
   cut.turns = (cut.moments + cut.parts - 1) / cut.parts;
   return cut;
 }
@@ -56,7 +56,7 @@ int vectors_of(const GroupNorm& p, int V, GroupCut& cut) {
     const int64_t rows = (cut.length + vectors - 1) / vectors;
     if (rows * (cut.width / V) <= one_pass_threads(vectors)) {
       complete(p, V, rows, false, cut);
-      return one_pass_room(cut, cut.groups(p)) <= kRoom ? vectors : 0;
+      return one_pass_room(cut, cut.groups()) <= kRoom ? vectors : 0;
     }
   }
   return 0;
@@ -75,9 +75,13 @@ std::pair<GroupCut, int> at_once(const GroupNorm& p, int V, int64_t block, int m
     }
     GroupCut cut{};
     cut.width = p.channels / slabs, cut.slabs = slabs;
-    const int64_t runs = std::clamp<int64_t>((p.pixels * pixel + block - 1) / block, 1, most);
-    cut.length = (p.pixels + runs - 1) / runs;
-    if (const int vectors = vectors_of(p, V, cut); vectors > 0) {
+    int64_t runs = std::clamp<int64_t>((p.pixels * pixel + block - 1) / block, 1, most);
+    int vectors = 0;
+    for (; runs <= most && vectors == 0; ++runs) {  // more than that where threads are too few for their vectors
+      cut.length = (p.pixels + runs - 1) / runs;
+      vectors = vectors_of(p, V, cut);
+    }
+    if (vectors > 0) {
       found = {cut, vectors};
       if (cut.length * pixel <= block) {
         break;
@@ -95,7 +99,7 @@ dim3 grid_of(const Tensor& x, const GroupCut& cut) {
 template <class T, int V>
 void run_at_once(const Launch& launch, const Tensor& x, const GroupNorm& p, const GroupCut& cut, int vectors) {
   const auto with = [&](auto kernel) {
-    launch.in_clusters(dim3(1, cut.runs), kernel, grid_of(x, cut), cut.threads, one_pass_room(cut, cut.groups(p)), p,
+    launch.in_clusters(dim3(1, cut.runs), kernel, grid_of(x, cut), cut.threads, one_pass_room(cut, cut.groups()), p,
                        cut);
   };
   vectors == 4 ? with(one_pass<T, V, 4>) : vectors == 8 ? with(one_pass<T, V, 8>) : with(one_pass<T, V, 12>);
@@ -104,7 +108,7 @@ void run_at_once(const Launch& launch, const Tensor& x, const GroupNorm& p, cons
 template <class T, int V>
 void run(const Launch& launch, const Tensor& x, const GroupNorm& p, const GivenMoments& given) {
   const GroupCut cut = in_two(p, V, sizeof(T), given.x != nullptr);
-  const int groups = cut.groups(p);
+  const int groups = cut.groups();
   const Tensor room = empty_on(x, {x.size(0) * cut.slabs * cut.moments * groups * 2}, ScalarType::Float);
   Mean* partial = static_cast<Mean*>(room.mutable_data_ptr());
   const dim3 grid = grid_of(x, cut);

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kGroupThreads, 3) group_moments(GroupNorm p, G
   const SharedRows shared(dynamic_shared(), cut);
   shared.share(p, here, n, sum, squares);
   __syncthreads();
-  Mean* of_block = partial + here.index(cut) * cut.groups(p);
+  Mean* of_block = partial + here.index(cut) * cut.groups();
   for (int g = threadIdx.x / 32; g < cut.by_group(here.width); g += blockDim.x / 32) {
     const Mean of_run = shared.pooled(p, cut, g, static_cast<int>(here.end - here.begin));
     if (threadIdx.x % 32 == 0) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kPoolThreads) pool_moments(GroupNorm p, GroupC
       pool.sum += shared[w].mean;
       pool.squares += shared[w].squares;
     }
-    partial[sample * cut.slabs * cut.groups(p) + group] = pool.of(static_cast<float>(p.pixels * p.per_group));
+    partial[sample * cut.slabs * cut.groups() + group] = pool.of(static_cast<float>(p.pixels * p.per_group));
   }
 }
 
@@ -117,7 +117,7 @@ template <class T, int V>
 __global__ void __launch_bounds__(kGroupThreads, 2) normalise(GroupNorm p, GroupCut cut, const Mean* partial) {
   // Backwards: what `group_moments` read last is still in the cache.
   const Place<T, V> here(p, cut, gridDim.x - 1 - blockIdx.x, gridDim.y - 1 - blockIdx.y, gridDim.z - 1 - blockIdx.z);
-  const int groups = cut.groups(p), rows = here.rows, parts = cut.parts;
+  const int groups = cut.groups(), rows = here.rows, parts = cut.parts;
   Numbers<T, V> raw[kInFlight];
   int64_t at = here.begin + here.row;
   int count = here.read(p, raw, at);  // on its way, as the parameters are, while moments are pooled

@@ -176,7 +176,7 @@ def _registry(parts: tuple[type[Accelerated], ...] = PARTS) -> dict[Any, Any]:
 def _why_left(module: nn.Module) -> str | None:
     """Why a module that nothing stands in for runs as it is, or None for one that only calls others."""
     if type(module).__name__ in AS_FAST:
-        return "PyTorch's own kernel is as fast"
+        return "PyTorch's own kernel is as fast, or its block takes it into an op"
     if hasattr(module, "processor"):
         return f"its processor is {type(module.processor).__name__}"
     is_leaf = next(module.children(), None) is None
